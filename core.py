@@ -1,0 +1,965 @@
+"""The shared core of the laboratory: everything that two questions or more use, in the order of the mathematics.
+
+    conventions -> distributions -> bounds and units -> blocks -> masks and flow -> data -> training -> results and
+    plots -> command line
+
+One example is one point [2] or one image [3, 32, 32]; B is the batch. A density, a KL or a log-determinant is [B], in
+nats per example, and the mean over examples is taken once, last. `bits_per_dim` is the only conversion of units.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+import urllib.error
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, NoReturn
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+# ---------------------------------------------------------------------------------------------------- conventions
+
+# Bounds of every learned log standard deviation. Reasons: the noise that dequantisation adds to a pixel has, in the
+# model's units, log std log(1 / (128 sqrt 12)) = -6.09, so -7 lets a decoder be sharper than the sharpest truth; the
+# widest thing to model, the long axis of question 1A, has log 5 = 1.61.
+LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0
+PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128 - 1 lies in [-1, 1]
+SPLITS = ("train", "valid", "test")
+SVHN_SIZES = (65_931, 7_326, 26_032)
+IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=32)  # of question 2
+IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4)
+CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
+
+
+class Terms(NamedTuple):
+    """The two terms of the negative ELBO, each [B], in nats: recon = -log p(x|z) and kl = log q(z|x) - log p(z)."""
+
+    recon: Tensor
+    kl: Tensor
+
+    @property
+    def neg_elbo(self) -> Tensor:
+        """-ELBO = recon + kl, [B], nats. Also minus the log importance weight log p(x, z) - log q(z|x)."""
+        return self.recon + self.kl
+
+
+class Noise:
+    """Standard noise for a batch, one call a tensor: fresh from torch's generator, or fixed.
+
+    With `examples` (int64 [B], each example's place in its set) the noise is a pure function of seed, example, call and
+    element, so that an evaluation depends neither on the batch size, nor on the order, nor on the device. The function
+    is the output mixer of SplitMix64 (Steele, Lea & Flood 2014, OOPSLA), applied to a counter.
+    """
+
+    def __init__(self, batch: int, device: torch.device, seed: int = 0, examples: Tensor | None = None):
+        self.batch, self.device, self.seed, self.examples, self.calls = batch, device, seed, examples, 0
+
+    @classmethod
+    def fixed(cls, examples: Tensor, seed: int) -> "Noise":
+        """The noise that belongs to these examples of a set, whatever batch they come in."""
+        return cls(len(examples), examples.device, seed, examples)
+
+    def _bits(self, shape: tuple[int, ...]) -> Tensor:
+        """24 random bits an element, int64 [B, *shape]."""
+        assert self.examples is not None
+        self.calls += 1
+        x = _mix(_mix(_mix(torch.tensor(self.seed, device=self.device)) + self.calls) + self.examples.to(torch.int64))
+        x = _mix(x[:, None] + torch.arange(math.prod(shape), device=self.device))  # (B, elements)
+        return ((x >> 40) & 0xFFFFFF).reshape(self.batch, *shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """u ~ U[0, 1), [B, *shape]."""
+        if self.examples is None:
+            return torch.rand(self.batch, *shape, device=self.device)
+        return self._bits(shape).float() / 2**24
+
+    def normal(self, *shape: int) -> Tensor:
+        """eps ~ N(0, 1), [B, *shape]; where fixed, the inverse normal CDF of a uniform, so at most 5.4 in size."""
+        if self.examples is None:
+            return torch.randn(self.batch, *shape, device=self.device)
+        return torch.special.ndtri((self._bits(shape).double() + 0.5) / 2**24).float()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 (multiplication wraps; the shifts are made logical by a mask)."""
+    x = (x + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+# -------------------------------------------------------------------------------------------------- distributions
+
+
+def sum_dims(x: Tensor) -> Tensor:
+    """Sum over all dimensions but the first: [B, ...] -> [B]."""
+    return x.flatten(1).sum(1)
+
+
+def bounded_log_std(raw: Tensor) -> Tensor:
+    """A smooth, increasing map of the reals onto (-7, 3) with f(0) = 0 and f'(0) = 1; elementwise.
+
+    Each half is a scaled tanh, b tanh(raw / b) with b the bound on its side. (The handout's plain tanh bounds a log
+    std by -1 and 1. For pixels in [-1, 1] that is a std of 47 grey levels or more, and at best 7.6 bits/dim.)
+    """
+    high, low = LOG_STD_HIGH * torch.tanh(raw / LOG_STD_HIGH), LOG_STD_LOW * torch.tanh(raw / LOG_STD_LOW)
+    return torch.where(raw > 0, high, low)
+
+
+def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
+    """log N(x; mu, diag exp(log_std)^2), summed over dimensions. x [B, ...], mu and log_std broadcast to x -> [B], nats.
+
+    Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2. Computed in float32 or wider under any autocast.
+    """
+    x, mu, log_std = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in (x, mu, log_std))
+    return sum_dims(-0.5 * ((x - mu) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi))
+
+
+class StandardNormal(nn.Module):
+    """The prior p(z) = N(0, I) over latents of a given shape."""
+
+    def __init__(self, latent_shape: tuple[int, ...]):
+        super().__init__()
+        self.latent_shape = latent_shape
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; 0, I). z [B, *latent_shape] -> [B], nats."""
+        return normal_log_prob(z, torch.zeros_like(z), torch.zeros_like(z))
+
+    def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The identity, beside its log |det d eps / d z| = 0: (eps [B, *latent_shape], log_det [B])."""
+        return z, z.new_zeros(len(z))
+
+    def eps_to_z(self, eps: Tensor) -> Tensor:
+        """The identity: a standard normal needs no transport. [B, *latent_shape]."""
+        return eps
+
+    def sample(self, noise: Noise) -> Tensor:
+        """z ~ p(z), [B, *latent_shape]."""
+        return self.eps_to_z(noise.normal(*self.latent_shape))
+
+
+# ----------------------------------------------------------------------------------------------- bounds and units
+
+
+def bits_per_dim(nats: Any, num_dims: int) -> Any:
+    """nats / (num_dims ln 2): nats per example -> bits per dimension. The only conversion of units in the laboratory."""
+    return nats / (num_dims * math.log(2))
+
+
+def iwae(log_w: Tensor) -> Tensor:
+    """The importance-weighted bound log (1/K) sum_k w_k on log p(x). log_w [K, B] -> [B], nats.
+
+    log_w = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x). K = 1 is the ELBO; the bound rises with K in expectation
+    (Burda et al. 2016, arXiv:1509.00519, theorem 1).
+    """
+    return torch.logsumexp(log_w, 0) - math.log(len(log_w))
+
+
+def dequantise(levels: Tensor, u: Tensor) -> Tensor:
+    """x = (levels + u) / 128 - 1: integers 0..255 and u ~ U[0, 1), same shape, to continuous x in [-1, 1]."""
+    return (levels + u) / PIXEL_SCALE - 1
+
+
+def quantise(x: Tensor) -> Tensor:
+    """The grey level in whose bin x lies, the inverse of `dequantise` for every u: float [...] -> uint8 [...]."""
+    return ((x + 1) * PIXEL_SCALE).floor().clamp(0, 255).to(torch.uint8)
+
+
+def levels_log_prob(log_p_x: Tensor, num_dims: int) -> Tensor:
+    """A density of x, turned into a lower bound on the log-probability of the integer levels. [B], nats -> [B], nats.
+
+    With v = levels + u = 128 (x + 1), p(v) = p(x) / 128 a dimension, so log p(v) = log p(x) - num_dims ln 128; and
+    E_u log p(v) <= log P(levels) by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1).
+    """
+    return log_p_x - num_dims * math.log(PIXEL_SCALE)
+
+
+class VAE(nn.Module):
+    """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)), and p(z), an object that can be swapped: one model, every question.
+
+    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x; prior: `log_prob`, `sample`, `z_to_eps` and
+    `eps_to_z` over latents of `latent_shape`. Kingma & Welling 2014 (arXiv:1312.6114).
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, latent_shape: tuple[int, ...]):
+        super().__init__()
+        self.encoder, self.decoder, self.prior, self.latent_shape = encoder, decoder, prior, latent_shape
+
+    def forward(self, x: Tensor, noise: Noise) -> Terms:
+        """One sample of both terms, z = mu + std eps. x [B, ...] -> Terms of [B], nats.
+
+        The KL is log q(z|x) - log p(z) at that same z, for every prior. Where q(z|x) is the true posterior, recon + kl
+        is then -log p(x) exactly, whatever the noise.
+        """
+        mu, log_std = self.encoder(x)
+        z = mu + torch.exp(log_std) * noise.normal(*self.latent_shape)
+        kl = normal_log_prob(z, mu, log_std) - self.prior.log_prob(z)
+        return Terms(recon=-normal_log_prob(x, *self.decoder(z)), kl=kl)
+
+    def sample(self, noise: Noise) -> tuple[Tensor, Tensor]:
+        """z ~ p(z) -> (x ~ p(x|z), the decoder's mean mu(z)), each [B, ...], from the same z."""
+        mu, log_std = self.decoder(self.prior.sample(noise))
+        return mu + torch.exp(log_std) * noise.normal(*mu.shape[1:]), mu
+
+
+class ImageVAE(VAE):
+    """The VAE of question 2: 8-bit images in, dequantised with the noise, and a bound on their log-probability out."""
+
+    def __init__(self, latent_channels: int, prior: Callable[[tuple[int, ...]], Any]):
+        latent_shape = (latent_channels, 8, 8)
+        encoder, decoder = ConvEncoder(latent_channels), ConvDecoder(latent_channels)
+        super().__init__(encoder, decoder, prior(latent_shape), latent_shape)  # the prior last: same weights before it
+
+    def forward(self, levels: Tensor, noise: Noise) -> Terms:
+        """levels uint8 [B, 3, 32, 32] -> Terms of [B], nats, whose sum bounds -log P(levels) from above."""
+        x = dequantise(levels, noise.uniform(*levels.shape[1:]))
+        recon, kl = super().forward(x, noise)
+        return Terms(-levels_log_prob(-recon, levels[0].numel()), kl)
+
+    def to_z(self, levels: Tensor) -> Tensor:
+        """The posterior mean mu(x), each pixel at the centre of its bin. uint8 [B, 3, 32, 32] -> [B, C, 8, 8]."""
+        return self.encoder(dequantise(levels, torch.full_like(levels, 0.5, dtype=torch.float32)))[0]
+
+    def to_images(self, z: Tensor) -> Tensor:
+        """The decoder's mean as an image. [B, C, 8, 8] -> uint8 [B, 3, 32, 32]."""
+        return quantise(self.decoder(z)[0])
+
+
+# --------------------------------------------------------------------------------------------------------- blocks
+
+
+class GaussianMLP(nn.Module):
+    """An MLP that ends in the mean and the bounded log std of a diagonal normal. [B, inputs] -> two of [B, ...]."""
+
+    def __init__(self, inputs: int, outputs: int, width: int, hidden: int, num_log_stds: int | None = None):
+        super().__init__()
+        sizes = [inputs] + [width] * hidden
+        layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.SiLU())]
+        self.split = [outputs, outputs if num_log_stds is None else num_log_stds]
+        self.net = nn.Sequential(*layers, nn.Linear(width, sum(self.split)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, raw = self.net(x).split(self.split, 1)  # (B, outputs), (B, outputs or 1)
+        return mu, bounded_log_std(raw)
+
+
+class GatedResidualBlock(nn.Module):
+    """x + a * sigmoid(b), with (a, b) the halves of [relu, conv 3x3 to 64, relu, conv 3x3 to 2 x width]. [B, width, H, W].
+
+    The gated linear unit of Dauphin et al. 2017 (arXiv:1612.08083) as the residual branch. The handout's 64 * 2 filters
+    fit a stream of 64 channels; its own stream has 256, so the second convolution has 2 x 256.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, 64, 3, padding=1)
+        self.conv2 = nn.Conv2d(64, 2 * width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv2(F.relu(self.conv1(F.relu(x)))).chunk(2, 1)  # each (B, width, H, W)
+        return x + a * torch.sigmoid(b)
+
+
+def residual_stack(width: int) -> nn.Sequential:
+    """The handout's Residual_stack: five gated residual blocks, then relu. [B, width, H, W] -> the same."""
+    return nn.Sequential(*[GatedResidualBlock(width) for _ in range(5)], nn.ReLU())
+
+
+class ConvEncoder(nn.Module):
+    """q(z|x): the handout's convolutions, and a linear 1x1 head, as the stack ends in a relu and a mean has a sign.
+
+    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. The head starts at zero, so that training starts at q = N(0, I).
+    """
+
+    def __init__(self, latent_channels: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 128, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(128, 256, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1), residual_stack(256),
+            zero_init(nn.Conv2d(256, 2 * latent_channels, 1)),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, raw = self.net(x).float().chunk(2, 1)  # each (B, C, 8, 8)
+        return mu, bounded_log_std(raw)
+
+
+class ConvDecoder(nn.Module):
+    """p(x|z): the handout's decoder, with 6 output channels in place of 3: a mean and a log std for each pixel.
+
+    z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32].
+    """
+
+    def __init__(self, latent_channels: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(latent_channels, 256, 3, padding=1), residual_stack(256),
+            nn.ConvTranspose2d(256, 128, 4, 2, 1), nn.ReLU(),
+            nn.ConvTranspose2d(128, 6, 4, 2, 1),
+        )  # fmt: skip
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mu, raw = self.net(z).float().chunk(2, 1)  # each (B, 3, 32, 32)
+        return mu, bounded_log_std(raw)
+
+
+def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer, with weight and bias set to zero: its output is zero until training moves it."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------- masks and flow
+
+
+def causal_mask(mask_type: str, size: int) -> Tensor:
+    """PixelCNN's mask (van den Oord et al. 2016, arXiv:1601.06759), [size, size]: 1 where a weight may stay.
+
+    In raster order a position sees the rows above and what is to its left; "B" sees itself too, "A" does not.
+    """
+    if mask_type not in ("A", "B"):
+        raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
+    mask, centre = torch.zeros(size, size), size // 2
+    mask[:centre] = 1
+    mask[centre, : centre + (mask_type == "B")] = 1
+    return mask
+
+
+class MaskedConv2d(nn.Conv2d):
+    """A 'same' convolution of odd size that sees only earlier positions; every input channel of a position alike."""
+
+    mask: Tensor
+
+    def __init__(self, mask_type: str, in_channels: int, out_channels: int, size: int):
+        super().__init__(in_channels, out_channels, size, padding=size // 2)
+        self.register_buffer("mask", causal_mask(mask_type, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+class MaskedResidual(nn.Module):
+    """x + masked conv(relu(x)), mask B. [B, width, H, W] -> the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = MaskedConv2d("B", width, width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(F.relu(x))
+
+
+class FlowPrior(nn.Module):
+    """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i over the raster positions i.
+
+    All channels of a position move at once. s and t come from a shallow PixelCNN: one 3x3 convolution with mask A, three
+    residual layers with mask B, and a 1x1 layer that starts at zero, so that the flow starts as the identity.
+    Variational Lossy Autoencoder (Chen et al. 2017, arXiv:1611.02731), equations 12 to 14.
+    """
+
+    def __init__(self, latent_shape: tuple[int, ...], width: int = 128):
+        super().__init__()
+        self.latent_shape = latent_shape
+        channels = latent_shape[0]
+        self.net = nn.Sequential(
+            MaskedConv2d("A", channels, width, 3), *[MaskedResidual(width) for _ in range(3)], nn.ReLU(),
+            zero_init(nn.Conv2d(width, 2 * channels, 1)),
+        )  # fmt: skip
+
+    def shift_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """t and s at every position, from the positions before it. z [B, C, H, W] -> two of [B, C, H, W]."""
+        t, raw = self.net(z).float().chunk(2, 1)
+        return t, bounded_log_std(raw)
+
+    def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """eps = (z - t(z)) exp(-s(z)), all positions in one pass, and its log |det d eps / d z| = -sum s.
+
+        z [B, C, H, W] -> eps [B, C, H, W], log_det [B], nats. The Jacobian is triangular in raster order.
+        """
+        t, s = self.shift_and_scale(z)
+        return (z - t) * torch.exp(-s), -sum_dims(s)
+
+    @torch.no_grad()
+    def eps_to_z(self, eps: Tensor) -> Tensor:
+        """The inverse of `z_to_eps`, position after position in raster order. [B, C, H, W] -> the same."""
+        z = torch.zeros_like(eps)
+        for i in range(eps.shape[2]):
+            for j in range(eps.shape[3]):
+                t, s = self.shift_and_scale(z)
+                z[:, :, i, j] = t[:, :, i, j] + torch.exp(s[:, :, i, j]) * eps[:, :, i, j]
+        return z
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) = log N(eps; 0, I) + log |det d eps / d z|. z [B, C, H, W] -> [B], nats."""
+        eps, log_det = self.z_to_eps(z)
+        return normal_log_prob(eps, torch.zeros_like(eps), torch.zeros_like(eps)) + log_det
+
+    def sample(self, noise: Noise) -> Tensor:
+        """z ~ p(z), [B, C, H, W]."""
+        return self.eps_to_z(noise.normal(*self.latent_shape))
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+class Data(NamedTuple):
+    """A data set: its name, as every report gives it, and its splits train, valid and test, each [N, ...]."""
+
+    name: str
+    splits: dict[str, Tensor]
+
+    def describe(self) -> dict[str, Any]:
+        """Name, sizes and a SHA-256 over the bytes of the three splits, for metrics.json."""
+        digest = hashlib.sha256()
+        for x in self.splits.values():
+            digest.update(np.ascontiguousarray(x.numpy()))
+        return {"name": self.name, **{k: len(x) for k, x in self.splits.items()}, "sha256": digest.hexdigest()}
+
+
+def split_points(name: str, points: np.ndarray) -> Data:
+    """Points [N, 2]: first 80 % train, the last tenth of it kept for validation; last 20 % test."""
+    x = torch.from_numpy(points).float()
+    num_train, num_test = int(0.8 * len(x)) * 9 // 10, int(0.8 * len(x))
+    return Data(name, dict(zip(SPLITS, x.tensor_split([num_train, num_test]), strict=True)))
+
+
+def load_images(args: argparse.Namespace) -> Data:
+    """The images that --data names, as uint8 [N, 3, 32, 32] splits, cut to --limit."""
+    if args.data == "svhn":
+        name, arrays = "SVHN", load_svhn(Path(args.data_root))
+    elif args.data == "synthetic":
+        sizes = SVHN_SIZES if args.limit is None else limited_sizes(args.limit)
+        name, arrays = "synthetic (a stand-in for SVHN)", load_synthetic(Path(args.data_root), sizes, cache=not args.limit)
+    else:
+        name, arrays = Path(args.data).name, load_npz(Path(args.data), args.seed)
+    if args.limit is not None:
+        arrays = [x[:n] for x, n in zip(arrays, limited_sizes(args.limit), strict=True)]
+        name += f", at most {args.limit} training images"
+    splits = {k: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for k, x in zip(SPLITS, arrays, strict=True)}
+    return Data(name, splits)
+
+
+def limited_sizes(limit: int) -> tuple[int, int, int]:
+    """Under --limit N: N images to train on, a tenth of that to validate and to test on."""
+    return limit, max(1, limit // 10), max(1, limit // 10)
+
+
+def load_svhn(root: Path) -> list[np.ndarray]:
+    """SVHN's cropped digits (Netzer et al. 2011), three uint8 [N, 32, 32, 3], downloaded and checked by torchvision.
+
+    The official train file is split 65,931 / 7,326 by a fixed permutation, so that validation is not the file's end.
+    """
+    from torchvision.datasets import SVHN
+
+    try:
+        train, test = (SVHN(str(root), split, download=True).data.transpose(0, 2, 3, 1) for split in ("train", "test"))
+    except (OSError, RuntimeError, ValueError, urllib.error.URLError) as error:
+        fail(
+            f"no usable SVHN in {root} ({error}): put the official train_32x32.mat and test_32x32.mat there, or delete "
+            "broken copies and go online; --data synthetic needs no download"
+        )
+    order = np.random.RandomState(0).permutation(len(train))
+    train, valid = np.split(train[order], [len(train) - round(len(train) / 10)])
+    return [train, valid, test]
+
+
+def load_npz(path: Path, seed: int) -> list[np.ndarray]:
+    """uint8 [N, 32, 32, 3] from keys train, valid, test, or from one key `images`, split 80/10/10 by the seed."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files if k in (*SPLITS, "images")}
+    except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
+        fail(f"--data {path}: not svhn, synthetic or a readable npz file ({error})")
+    if set(arrays) not in ({"images"}, set(SPLITS)):
+        fail(f"--data {path}: needs the keys train, valid and test, or the one key images; found {sorted(arrays)}")
+    for key, x in arrays.items():
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3):
+            fail(f"--data {path}: {key} must be uint8 [N, 32, 32, 3], not {x.dtype} {list(x.shape)}")
+    if "images" in arrays:
+        images = arrays["images"][np.random.RandomState(seed).permutation(len(arrays["images"]))]
+        splits = np.split(images, [len(images) * 8 // 10, len(images) * 9 // 10])
+    else:
+        splits = [arrays[k] for k in SPLITS]
+    for key, x in zip(SPLITS, splits, strict=True):
+        if not len(x):
+            fail(f"--data {path}: the {key} split is empty")
+    return splits
+
+
+def load_synthetic(root: Path, sizes: tuple[int, ...], cache: bool = True) -> list[np.ndarray]:
+    """The synthetic stand-in for SVHN, three uint8 [N, 32, 32, 3]; made once and kept under root where `cache` is set."""
+    path = root / "synthetic.npz"
+    if cache and path.exists():
+        return load_npz(path, 0)
+    print(f"making {sum(sizes):,} synthetic images" + (f", kept in {path}" if cache else ""), flush=True)
+    splits = np.split(synthetic_images(sum(sizes)), np.cumsum(sizes)[:-1])
+    if cache:
+        make_folder(root)
+        write_whole(path, lambda file: np.savez(file, **dict(zip(SPLITS, splits, strict=True))))
+    return splits
+
+
+def digit_atlas(size: int = 64) -> Tensor:
+    """Coverage masks of the ten digits in each of matplotlib's text fonts, [fonts, 10, size, size] in [0, 1]."""
+    from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
+
+    folder, atlas = Path(matplotlib.get_data_path()) / "fonts" / "ttf", []
+    for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold",
+                 "STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta"):  # fmt: skip
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), size)
+        for digit in "0123456789":
+            image = Image.new("L", (size, size))
+            ImageDraw.Draw(image).text((size / 2, size / 2), digit, fill=255, font=font, anchor="mm")
+            atlas.append(np.asarray(image, dtype=np.float32) / 255)
+    return torch.from_numpy(np.stack(atlas)).reshape(-1, 10, size, size)
+
+
+def synthetic_images(n: int, seed: int = 0) -> np.ndarray:
+    """n synthetic house-number crops, uint8 [n, 32, 32, 3], a pure function of n and seed on one machine."""
+    generator, atlas = torch.Generator().manual_seed(seed), digit_atlas()
+    return np.concatenate([_synthetic_batch(min(1024, n - i), atlas, generator) for i in range(0, n, 1024)])
+
+
+def _synthetic_batch(n: int, atlas: Tensor, generator: torch.Generator) -> np.ndarray:
+    """A centre digit and parts of its neighbours: placed, coloured, lit, blurred, and with a camera's noise."""
+
+    def rand(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(n, *shape, generator=generator)
+
+    # Place: a digit k steps to the right is the same affine picture, moved; all digits of a number share font and pose.
+    font, digits = rand(0, len(atlas)).long(), rand(0, 10, 3).long()
+    scale, aspect, slant, tilt = rand(0.8, 1.35), rand(0.75, 1.3), 0.12 * randn(), 0.08 * randn()
+    centre, step = 0.06 * randn(2), rand(0.95, 1.5) * scale * aspect * 0.62
+    cover = torch.zeros(n, 1, 32, 32)
+    for k in (-1, 0, 1):
+        x_row = torch.stack([1 / (scale * aspect), slant, -(centre[:, 0] + k * step) / (scale * aspect)], 1)
+        y_row = torch.stack([tilt, 1 / scale, -(centre[:, 1] - k * step * tilt) / scale], 1)
+        grid = F.affine_grid(torch.stack([x_row, y_row], 1), [n, 1, 32, 32], align_corners=False)
+        glyph = F.grid_sample(atlas[font, digits[:, k + 1]][:, None], grid, align_corners=False)
+        present = (rand(0, 1) < 0.75) if k else torch.ones(n, dtype=torch.bool)
+        cover = torch.maximum(cover, glyph * present[:, None, None, None])
+    # Colour and light: two nearly grey colours, and a linear gradient over the wall.
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    wall = (116 + 35 * randn(1)).clamp(15, 240) + 8 * randn(3) + torch.tensor([-1.0, 0.0, 7.0])
+    ink = wall + torch.sign(randn(1)) * rand(20, 130, 1) + 8 * randn(3)
+    light = 1 + 0.12 * (randn(1, 1) * x + randn(1, 1) * y)[:, None]
+    image = torch.lerp(wall[:, :, None, None], ink[:, :, None, None], cover) * light  # (n, 3, 32, 32)
+    # Blur: a Gaussian of its own width for each image, as a grouped separable convolution.
+    taps = torch.exp(-0.5 * (torch.arange(-4, 5) / rand(0.5, 1.5, 1)) ** 2)
+    kernel = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # (3n, 1, 9)
+    image = F.pad(image, (4, 4, 4, 4), mode="replicate").reshape(1, 3 * n, 40, 40)
+    image = F.conv2d(F.conv2d(image, kernel[:, :, None], groups=3 * n), kernel[..., None], groups=3 * n)
+    # Noise: most of it common to the three colours, a little of each colour's own.
+    amount = torch.exp(math.log(1.8) + 0.5 * randn(1, 1, 1))
+    image = image.reshape(n, 3, 32, 32) + amount * (randn(1, 32, 32) + 0.25 * randn(3, 32, 32))
+    return image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, batch_size: int = 256, seed: int = 0) -> Terms:
+    """Both terms for every example of x, once each, in fp32 on fixed noise. x [N, ...] -> Terms of float64 [N], nats.
+
+    The seed belongs to the evaluation, not to the run, so that two models are compared on the same noise. The result
+    depends on batch_size by rounding only.
+    """
+    was_training = model.training
+    model.eval()
+    batches = torch.arange(len(x), device=x.device).split(batch_size)
+    terms = [model(x[i], Noise.fixed(i, seed)) for i in batches]
+    model.train(was_training)
+    return Terms(*(torch.cat(t).double().cpu() for t in zip(*terms, strict=True)))
+
+
+def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
+    """Means over examples, in bits/dim, and the standard error of the first: neg_elbo, its kl and its recon term."""
+    neg_elbo = bits_per_dim(terms.neg_elbo, num_dims)
+    return {
+        "neg_elbo_bpd": neg_elbo.mean().item(),
+        "neg_elbo_se_bpd": neg_elbo.std().item() / math.sqrt(len(neg_elbo)),
+        "kl_bpd": bits_per_dim(terms.kl.mean().item(), num_dims),
+        "recon_bpd": bits_per_dim(terms.recon.mean().item(), num_dims),
+    }
+
+
+def one_cycle(step: int, total: int) -> float:
+    """Learning rate as a fraction of its peak: a linear rise over the first tenth, then half a cosine down to 0."""
+    t = step / total
+    return t / 0.1 if t < 0.1 else 0.5 * (1 + math.cos(math.pi * (t - 0.1) / 0.9))
+
+
+def fit(model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, warmup: float = 0.0) -> dict[str, Any]:
+    """Minimise the mean negative ELBO in bits/dim on splits["train"] with Adam; return curves and leave the best weights.
+
+    args: epochs, batch_size, lr (the peak of `one_cycle`), precision. warmup: the fraction of training over which the
+    KL's weight rises from 0 to 1, in training only. Gradients are clipped to norm 1. Before the first epoch and after
+    each, every split is evaluated, train and test on their first examples, no more than validation has. The weights
+    kept are those of the epoch with the lowest negative ELBO on all of validation: curves["best_epoch"].
+    """
+    train, num_dims = splits["train"], splits["train"][0].numel()
+    if args.batch_size > len(train):
+        fail(f"--batch-size {args.batch_size} is more than the {len(train)} training examples; choose a smaller one")
+    steps = len(train) // args.batch_size  # an epoch leaves out the remainder of its own random order
+    total = max(1, args.epochs * steps)
+    optimiser = torch.optim.Adam(model.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: one_cycle(step, total))
+
+    def step(x: Tensor, done: float) -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            recon, kl = model(x, Noise(len(x), x.device))
+            loss = bits_per_dim((recon + min(1.0, done / warmup if warmup else 1.0) * kl).mean(), num_dims)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+
+    curves: dict[str, Any] = {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}}
+    best, best_state, start, speed = math.inf, copy.deepcopy(model.state_dict()), time.perf_counter(), 0.0
+    for epoch in range(args.epochs + 1):
+        if epoch:  # epoch 0 is the model before training
+            epoch_start, order = time.perf_counter(), torch.randperm(len(train), device=train.device)
+            for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", leave=False, mininterval=0.5, disable=None):
+                step(train[order[i * args.batch_size : (i + 1) * args.batch_size]], ((epoch - 1) * steps + i) / total)
+            speed = steps * args.batch_size / (time.perf_counter() - epoch_start)
+        bounds = evaluate_splits(model, splits, watched=True)
+        curves["epoch"].append(epoch)
+        for name, key in ((name, key) for name in SPLITS for key in CURVE_KEYS):
+            curves[name][key].append(bounds[name][key])
+        print_epoch(f"{epoch:3d}/{args.epochs}", bounds, speed, time.perf_counter() - start)
+        if not math.isfinite(bounds["train"]["neg_elbo_bpd"]):
+            fail(f"training diverged in epoch {epoch}: the bound is not a number; try a lower --lr", status=1)
+        if bounds["valid"]["neg_elbo_bpd"] < best:
+            best, best_state = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
+            curves["best_epoch"] = epoch
+    model.load_state_dict(best_state)
+    return curves
+
+
+def evaluate_splits(model: nn.Module, splits: dict[str, Tensor], watched: bool = False) -> dict[str, dict[str, float]]:
+    """`in_bits` of every split: all of validation and test, and of train as many examples as validation has.
+
+    watched: of test too, which is what the curves show, epoch after epoch.
+    """
+    few = ("train", "test") if watched else ("train",)
+    cut = {name: x[: len(splits["valid"])] if name in few else x for name, x in splits.items()}
+    return {name: in_bits(evaluate(model, x), x[0].numel()) for name, x in cut.items()}
+
+
+def print_epoch(epoch: str, bounds: dict[str, dict[str, float]], speed: float, seconds: float) -> None:
+    """One line an epoch, in fixed columns."""
+    values = "  ".join(f"{name} {bounds[name]['neg_elbo_bpd']:7.4f}" for name in SPLITS)
+    kl, recon = bounds["valid"]["kl_bpd"], bounds["valid"]["recon_bpd"]
+    print(
+        f"epoch {epoch}  −ELBO bits/dim: {values}  (valid: KL {kl:.4f} + decoder {recon:.4f})  "
+        f"{speed:8,.0f} examples/s  {seconds:5.0f} s",
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- results and plots
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made where it is missing; a clear message where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make the folder {path}: {error.strerror}; choose another with --out or --data-root")
+    return path
+
+
+def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Let `write` fill a file, so that path holds all of it or what it held before: a temporary file, then a rename."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_results(out: Path, metrics: dict[str, Any], report: str, state: dict[str, Any]) -> None:
+    """metrics.json, report.md and checkpoint.pt (weights and arguments, for torch.load(..., weights_only=True))."""
+    checkpoint = {"script": metrics["script"], "args": metrics["args"], "state": state}
+    write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    write_whole(out / "report.md", lambda file: file.write(report.encode()))
+    text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    write_whole(out / "metrics.json", lambda file: file.write(text.encode()))
+    print(f"wrote {out / 'report.md'}, its figures, metrics.json and checkpoint.pt")
+
+
+def describe_run(script: str, args: argparse.Namespace, data: Any, params: int, start: float) -> dict[str, Any]:
+    """The head of metrics.json: what ran, with what, on which data and machine, for how long."""
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    env = {
+        "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
+        "device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    seconds = round(time.perf_counter() - start, 1)
+    return {"script": script, "args": vars(args), "data": data, "env": env, "params": params, "seconds": seconds}
+
+
+def cpu_name() -> str:
+    """The processor's name, and how many of its cores there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def save_figure(fig: Any, path: Path) -> None:
+    """Write the figure as a PNG and close it; in a notebook, show it too."""
+    fig.tight_layout()
+    write_whole(path, lambda file: fig.savefig(file, format="png", dpi=130))
+    if in_notebook():
+        plt.show()
+    plt.close(fig)
+
+
+def draw_curves(axes: Any, curves: dict[str, Any], floor: float | None = None) -> None:
+    """-ELBO, KL and decoder term against the epoch, on three axes, in bits/dim: train thin, validation and test bold."""
+    styles = {"train": dict(lw=1, color="0.35"), "valid": dict(lw=2, color="C0"), "test": dict(lw=2, color="C1", ls="--")}
+    for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
+        for split, style in styles.items():
+            ax.plot(curves["epoch"], curves[split][key], label=split, **style)
+        values = np.array([curves[split][key] for split in styles])
+        if values.shape[1] > 2:  # the first epochs would flatten the rest
+            late = values[:, max(1, values.shape[1] // 10) :]
+            margin = 0.08 * (late.max() - late.min()) + 1e-3
+            ax.set_ylim(late.min() - margin, late.max() + margin)
+        if floor is not None and key == "neg_elbo_bpd":
+            ax.axhline(floor, color="k", ls=":", lw=1, label="true density")
+        ax.set(title=title, xlabel="epoch", ylabel="bits/dim")
+    axes[0].legend(fontsize=8)
+
+
+def plot_curves(curves: dict[str, Any], title: str, path: Path) -> None:
+    """One model's curves, as `draw_curves` draws them."""
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    draw_curves(axes, curves)
+    fig.suptitle(title)
+    save_figure(fig, path)
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """uint8 [N, 3, 32, 32] -> one picture [rows * 34 - 2, columns * 34 - 2, 3], white between the tiles."""
+    padded = F.pad(images.cpu(), (0, 2, 0, 2), value=255)  # (N, 3, 34, 34)
+    rows = len(images) // columns
+    grid = padded.reshape(rows, columns, 3, 34, 34).permute(0, 3, 1, 4, 2)  # (rows, 34, columns, 34, 3)
+    return grid.reshape(rows * 34, columns * 34, 3)[:-2, :-2].numpy()
+
+
+def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
+    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked."""
+    shape = (len(panels), 1) if stacked else (1, len(panels))
+    rows = len(next(iter(panels.values()))) // columns
+    size = (0.62 * columns * shape[1] + 0.4, 0.62 * rows * shape[0] + 0.4 * shape[0] + 0.6)
+    fig, axes = plt.subplots(*shape, figsize=size, squeeze=False)
+    for ax, (name, images) in zip(axes.flat, panels.items(), strict=True):
+        ax.imshow(tile(images, columns), interpolation="nearest")
+        ax.set_title(name, fontsize=10)
+        ax.axis("off")
+    fig.suptitle(title, fontsize=11)
+    save_figure(fig, path)
+
+
+@torch.no_grad()
+def interpolate(model: ImageVAE, pairs: Tensor, in_eps: bool) -> Tensor:
+    """Ten steps between the two images of each pair, the images themselves at the ends.
+
+    Straight in z between the posterior means, or, where in_eps, straight in the prior's noise eps. uint8
+    [P, 2, 3, 32, 32] -> uint8 [P * 12, 3, 32, 32].
+    """
+    ends = model.to_z(pairs.flatten(0, 1))  # (2P, C, 8, 8)
+    if in_eps:
+        ends = model.prior.z_to_eps(ends)[0]
+    a, b = ends.unflatten(0, (-1, 2))[:, None].unbind(2)  # each (P, 1, C, 8, 8)
+    path = torch.lerp(a, b, torch.linspace(0, 1, 10, device=ends.device)[:, None, None, None]).flatten(0, 1)
+    steps = model.to_images(model.prior.eps_to_z(path) if in_eps else path).unflatten(0, (-1, 10))
+    return torch.cat([pairs[:, :1], steps, pairs[:, 1:]], 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def plot_image_model(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
+    """samples.png, reconstructions.png and interpolations.png of an image VAE, on fixed noise and the first test images."""
+    model.eval()
+    few = torch.arange(100, device=test.device)
+    x, mean = model.sample(Noise.fixed(few, seed=1))
+    panels = {"x ~ p(x|z)": quantise(x), "µ(z), the decoder's mean": quantise(mean)}
+    plot_tiles(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
+    shown = test[:10]
+    z = model.to_z(shown)
+    mu, log_std = model.decoder(z)
+    drawn = quantise(mu + torch.exp(log_std) * Noise.fixed(few[: len(shown)], seed=2).normal(*mu.shape[1:]))
+    panels = {"test images": shown, "µ(z) at the posterior mean": quantise(mu), "x ~ p(x|z) at the same z": drawn}
+    plot_tiles(panels, len(shown), title, out / "reconstructions.png", stacked=True)
+    pairs = shown[: len(shown) // 2 * 2].unflatten(0, (-1, 2))
+    paths = {"straight in z": False} if isinstance(model.prior, StandardNormal) else {"straight in z": False, "straight in ε": True}
+    panels = {name: interpolate(model, pairs, in_eps) for name, in_eps in paths.items()}
+    plot_tiles(panels, 12, f"{title}\ninterpolations, true test images at the ends", out / "interpolations.png", stacked=True)
+
+
+def image_report(heading: str, metrics: dict[str, Any], answer: str = "") -> str:
+    """report.md of question 2, `answer` at its end: the deliverables in the handout's order, every number from metrics."""
+    args, data, final, curves = (metrics[k] for k in ("args", "data", "final", "curves"))
+    rows = "\n".join(
+        f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
+        for name, f in final.items()
+    )
+    return f"""# {heading}
+
+Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
+{metrics["params"]:,} parameters, {args["epochs"]} epochs, {metrics["seconds"]:,.0f} s on {metrics["env"]["device"]},
+{args["precision"]} training steps.
+
+## 1. The bound on train, validation and test
+
+![curves](curves.png)
+
+| split | −ELBO, bits/dim | KL term | decoder term |
+|---|---|---|---|
+{rows}
+
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z and of the dequantisation
+noise an image, ± one standard error over images. Train is a fixed subset no larger than validation; so is test in the
+curves, and all of it here. The weights are those of epoch {curves["best_epoch"]}, the best on validation.
+
+## 2. Samples
+
+![samples](samples.png)
+
+## 3. Interpolations
+
+![interpolations](interpolations.png)
+
+## Reconstructions
+
+![reconstructions](reconstructions.png)
+{answer}"""
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the program with one line on standard error: status 2 for bad input, 1 for a run that failed."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, strict about abbreviations, with its errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)")
+
+
+def in_notebook() -> bool:
+    """Whether this is a cell of a Jupyter or Colab kernel, whose command line is the kernel's, not the user's."""
+    return os.path.basename(sys.argv[0]) in ("ipykernel_launcher.py", "colab_kernel_launcher.py")
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def natural(text: str) -> int:
+    """A whole number of 0 or more, for argparse."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def rate(text: str) -> float:
+    """A learning rate, above 0 and at most 1, for argparse."""
+    if not 0 < (value := float(text)) <= 1:
+        raise ValueError
+    return value
+
+
+def parse_args(
+    script: str, argv: list[str] | None, defaults: dict[str, Any], smoke: dict[str, Any], images: bool = False
+) -> tuple[argparse.Namespace, Path]:
+    """The command line that every script shares -> (arguments, the folder for its results); prints both and the device.
+
+    `smoke` holds the tiny defaults of --smoke; a flag that is given wins over both. Errors: one line, exit status 2.
+    """
+    parser = Parser(prog=f"{script}.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=natural, help="passes over the training set")
+    parser.add_argument("--batch-size", type=positive, help="examples a step")
+    parser.add_argument("--lr", type=rate, help="peak learning rate of Adam")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights, batches and noise; evaluation has its own")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
+    parser.add_argument("--out", default="results", help=f"results go to OUT/{script}")
+    parser.add_argument("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
+    if images:
+        parser.add_argument("--data", help="svhn, synthetic, or FILE.npz (default: svhn; with --smoke, synthetic)")
+        parser.add_argument("--data-root", default="data", help="where data sets are downloaded or kept")
+        parser.add_argument("--limit", type=positive, help="train on the first LIMIT images, a tenth to validate and test on")
+        parser.add_argument("--latents", type=positive, help="channels of z, which has 8 x 8 positions")
+        parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training steps; all reported bounds are fp32. auto: bf16 where the hardware multiplies it")
+    parser.set_defaults(**defaults)
+    if argv is None and in_notebook():
+        argv = []
+    args = parser.parse_args(argv)
+    if args.smoke:
+        parser.set_defaults(**smoke)
+        args = parser.parse_args(argv)
+    args.device = choose_device(args.device)
+    args.precision = choose_precision(args.precision, args.device) if images else "fp32"
+    if images and args.data is None:
+        args.data = "synthetic" if args.smoke else "svhn"
+    print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items()))
+    return args, make_folder(Path(args.out) / ("smoke" if args.smoke else "") / script)
+
+
+def choose_device(name: str) -> str:
+    """--device, with auto resolved to the fastest device present; a clear message where the named one is absent."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, here in present.items() if here)
+    if not present[name]:
+        fail(f"--device {name}: this machine or this build of torch has none; use --device auto")
+    return name
+
+
+def choose_precision(name: str, device: str) -> str:
+    """--precision, with auto resolved to bf16 where the hardware multiplies bf16 natively, to fp32 elsewhere."""
+    if name != "auto":
+        return name
+    if device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    else:  # torch has no public question for this
+        checks = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
+        native = device == "cpu" and any(check() for check in checks)
+    return "bf16" if native else "fp32"

@@ -1,0 +1,416 @@
+"""Properties of core.py: in float64 where the mathematics is exact, each beside a control that shows it can fail."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+
+import core
+from core import (
+    VAE, ConvDecoder, FlowPrior, GatedResidualBlock, ImageVAE, MaskedConv2d, Noise, StandardNormal, Terms,
+    bits_per_dim, bounded_log_std, causal_mask, dequantise, evaluate, fit, in_bits, iwae, levels_log_prob,
+    normal_log_prob, quantise, residual_stack,
+)  # fmt: skip
+
+# --------------------------------------------------------------------------------------------------------- helpers
+
+
+def trained_flow(channels=2, width=8, height=4, seed=0, strength=0.3):
+    """A flow in float64 whose last layer is no longer zero, as after training."""
+    torch.manual_seed(seed)
+    flow = FlowPrior((channels, height, height), width).double()
+    nn.init.normal_(flow.net[-1].weight, 0, strength)
+    nn.init.normal_(flow.net[-1].bias, 0, strength)
+    return flow
+
+
+class FullCovariance(nn.Module):
+    """A linear-Gaussian model: z ~ N(0, I), x = W z + sigma noise, with its exact posterior as the encoder."""
+
+    def __init__(self, spread=0.0):
+        super().__init__()
+        torch.manual_seed(1)
+        q, _ = torch.linalg.qr(torch.randn(3, 2, dtype=torch.float64))
+        self.w, self.sigma = q * torch.tensor([2.0, 0.7]), 0.5  # orthogonal columns: the posterior is diagonal
+        precision = 1 + (self.w**2).sum(0) / self.sigma**2
+        self.gain, self.post_log_std = self.w.T / self.sigma**2 / precision[:, None], -0.5 * precision.log() + spread
+        self.truth = MultivariateNormal(
+            torch.zeros(3, dtype=torch.float64), self.w @ self.w.T + self.sigma**2 * torch.eye(3, dtype=torch.float64)
+        )
+
+    def model(self):
+        def encoder(x):
+            return x @ self.gain.T, self.post_log_std.expand(len(x), 2)
+
+        def decoder(z):
+            return z @ self.w.T, torch.full((len(z), 1), math.log(self.sigma), dtype=z.dtype)
+
+        return VAE(Call(encoder), Call(decoder), StandardNormal((2,)), (2,))
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def log_weights(model, x, k):
+    return torch.stack([-model(x, Noise.fixed(torch.arange(len(x)), seed)).neg_elbo for seed in range(k)])
+
+
+# --------------------------------------------------------------------------------------------------- distributions
+
+
+def test_normal_log_prob_is_torch_distributions_and_one_number_an_example():
+    x, mu, log_std = torch.randn(3, 5, 2, 4, dtype=torch.float64)
+    expected = Independent(Normal(mu, log_std.exp()), 2).log_prob(x)
+    assert torch.allclose(normal_log_prob(x, mu, log_std), expected, rtol=1e-12)
+    assert normal_log_prob(x, mu, log_std).shape == (5,)
+
+
+def test_normal_log_prob_broadcasts_a_scalar_std_to_every_dimension():
+    x, mu = torch.randn(2, 5, 2, dtype=torch.float64)
+    one = torch.randn(5, 1, dtype=torch.float64)
+    assert torch.equal(normal_log_prob(x, mu, one), normal_log_prob(x, mu, one.expand(5, 2)))
+
+
+def test_normal_log_prob_integrates_to_one():
+    grid = torch.linspace(-12, 12, 601, dtype=torch.float64)
+    x = torch.cartesian_prod(grid, grid)
+    log_p = normal_log_prob(x, torch.tensor([[0.3, -0.5]]).double(), torch.tensor([[0.2, -0.4]]).double())
+    assert log_p.exp().sum().item() * (grid[1] - grid[0]).item() ** 2 == pytest.approx(1, abs=1e-9)
+
+
+def test_standard_normal_is_n01_and_its_kl_to_itself_is_zero():
+    z = torch.randn(7, 3, 2, dtype=torch.float64)
+    prior = StandardNormal((3, 2))
+    expected = Independent(Normal(torch.zeros(3, 2).double(), torch.ones(3, 2).double()), 2).log_prob(z)
+    assert torch.allclose(prior.log_prob(z), expected, rtol=1e-12)
+    assert torch.equal(normal_log_prob(z, torch.zeros_like(z), torch.zeros_like(z)) - prior.log_prob(z), z.new_zeros(7))
+    samples = prior.sample(Noise.fixed(torch.arange(20_000), 3))
+    assert samples.mean().abs() < 0.02 and (samples.var() - 1).abs() < 0.02
+
+
+def test_sampled_kl_agrees_with_the_closed_form():
+    mu, log_std = torch.tensor([0.5, -1.0]), torch.tensor([-0.7, 0.3])
+    model = VAE(Call(lambda x: (mu.expand(len(x), 2), log_std.expand(len(x), 2))),
+                Call(lambda z: (z, torch.zeros_like(z))), StandardNormal((2,)), (2,))  # fmt: skip
+    kl = evaluate(model, torch.zeros(50_000, 2)).kl
+    exact = kl_divergence(Normal(mu, log_std.exp()), Normal(0.0, 1.0)).sum().item()
+    se = kl.std().item() / math.sqrt(len(kl))
+    assert abs(kl.mean().item() - exact) < 4 * se < 0.1 * exact
+
+
+def test_bounded_log_std_is_smooth_increasing_and_lets_the_right_answers_in():
+    raw = torch.linspace(-60, 60, 4001, dtype=torch.float64, requires_grad=True)
+    y = bounded_log_std(raw)
+    (slope,) = torch.autograd.grad(y.sum(), raw)
+    assert y.min() >= -7 and y.max() <= 3 and (y.diff() >= 0).all()
+    zero = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (at_zero,) = torch.autograd.grad(bounded_log_std(zero).sum(), zero)
+    assert bounded_log_std(zero).item() == 0 and at_zero.item() == 1
+    assert (slope.diff().abs() < 0.01).all()  # no kink anywhere
+    dequantisation, data_1a = math.log(1 / (128 * math.sqrt(12))), math.log(5)
+    for log_std in (dequantisation, data_1a):  # reached with a slope that still learns
+        at = (y - log_std).abs().argmin()
+        assert (y[at] - log_std).abs() < 0.05 and slope[at] > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ bounds and units
+
+
+def test_uniform_over_256_levels_is_exactly_8_bits_per_dim():
+    log_p_x = torch.full((4,), -3072 * math.log(2), dtype=torch.float64)  # density 1/2 on [-1, 1] in each dimension
+    assert torch.allclose(-bits_per_dim(levels_log_prob(log_p_x, 3072), 3072), torch.full((4,), 8.0).double(), rtol=1e-12)
+    assert -bits_per_dim(log_p_x, 3072)[0] == pytest.approx(1)  # without the change of scale: 1 bit, 7 off
+
+
+def test_bits_per_dim_of_vdvaes_example():
+    assert bits_per_dim(2.6364, 1) == pytest.approx(3.80, abs=0.005)
+
+
+def test_quantise_inverts_dequantise_for_every_level_and_u():
+    levels = torch.arange(256).repeat(200, 1)
+    u = torch.rand(levels.shape)
+    u[0], u[1] = 0, 1 - 2**-8
+    x = dequantise(levels, u)
+    assert torch.equal(quantise(x).long(), levels) and x.min() >= -1 and x.max() <= 1
+    assert not torch.equal(((x + 1) * 128).round().clamp(0, 255).long(), levels)  # control: rounding is not the inverse
+
+
+def test_levels_bound_holds_and_is_a_probability():
+    """Sum over the levels of exp(E_u log p(v)) is at most 1, and near 1 for a density much wider than a level."""
+    u = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    x = dequantise(torch.arange(256)[:, None].double(), u)  # (256, 64)
+    for mu, log_std, low in ((0.1, -2.0, 0.999), (0.1, -4.5, 0.9), (0.1, -6.0, 0.0)):
+        log_p = normal_log_prob(x.reshape(-1, 1), torch.tensor(mu).double(), torch.tensor(log_std).double())
+        total = levels_log_prob(log_p, 1).reshape(256, 64).mean(1).exp().sum().item()
+        assert low <= total <= 1 + 1e-6
+
+
+def test_elbo_iwae_and_log_p_are_in_order_on_a_linear_gaussian_model():
+    exact = FullCovariance(spread=0.5)  # a posterior that is too wide, so that no bound is tight
+    x = exact.truth.sample((200,))
+    log_w, log_p = log_weights(exact.model(), x, 400), exact.truth.log_prob(x)
+    elbo, bounds = log_w.mean(0), {k: iwae(log_w[:k]) for k in (1, 10, 400)}
+    assert torch.equal(bounds[1], log_w[0])
+    assert (elbo <= bounds[400]).all()  # Jensen, point by point on the same samples
+    assert elbo.mean() < bounds[10].mean() < bounds[400].mean() < log_p.mean() + 0.01
+    assert bounds[400].mean() == pytest.approx(log_p.mean().item(), abs=0.02)
+    assert elbo.mean() < log_p.mean() - 0.3
+
+
+def test_with_the_exact_posterior_every_single_sample_gives_log_p():
+    exact = FullCovariance()
+    x = exact.truth.sample((50,))
+    for seed in range(3):
+        terms = exact.model()(x, Noise.fixed(torch.arange(50), seed))
+        assert torch.allclose(-terms.neg_elbo, exact.truth.log_prob(x), atol=1e-5)
+    wide = FullCovariance(spread=0.5).model()(x, Noise.fixed(torch.arange(50), 0))
+    assert not torch.allclose(-wide.neg_elbo, exact.truth.log_prob(x), atol=0.1)
+
+
+def test_every_term_of_the_image_model_is_one_number_an_example_in_nats():
+    model = ImageVAE(4, StandardNormal)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    terms = model(images, Noise.fixed(torch.arange(3), 0))
+    assert terms.recon.shape == terms.kl.shape == (3,)
+    x = dequantise(images, Noise.fixed(torch.arange(3), 0).uniform(3, 32, 32))
+    assert torch.equal(terms.kl, torch.zeros(3))  # the encoder starts at the prior
+    noise = Noise.fixed(torch.arange(3), 0)
+    noise.uniform(3, 32, 32)
+    mu, log_std = model.decoder(noise.normal(4, 8, 8))
+    by_hand = -Independent(Normal(128 * (mu + 1), 128 * log_std.exp()), 3).log_prob(128 * (x + 1))  # in grey levels
+    assert torch.allclose(terms.recon, by_hand, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- noise
+
+
+def test_fixed_noise_depends_on_example_seed_and_call_only():
+    i = torch.arange(100)
+    whole = Noise.fixed(i, 5).normal(3, 4)
+    assert torch.equal(torch.cat([Noise.fixed(part, 5).normal(3, 4) for part in i.split(7)]), whole)
+    assert torch.equal(Noise.fixed(i.flip(0), 5).normal(3, 4), whole.flip(0))
+    twice = Noise.fixed(i, 5)
+    assert not torch.equal(twice.normal(3, 4), twice.normal(3, 4))
+    assert not torch.equal(Noise.fixed(i, 6).normal(3, 4), whole)
+
+
+def test_fixed_noise_is_uniform_normal_and_uncorrelated():
+    noise = Noise.fixed(torch.arange(2000), 0)
+    u, eps, more = noise.uniform(50), noise.normal(50), noise.normal(50)
+    assert u.min() >= 0 and u.max() < 1
+    counts = torch.histc(u, 100, 0, 1)
+    chi2 = ((counts - 1000) ** 2 / 1000).sum()  # 99 degrees of freedom, sd 14
+    assert 50 < chi2 < 160
+    assert eps.mean().abs() < 0.01 and (eps.var() - 1).abs() < 0.02 and ((eps**4).mean() - 3).abs() < 0.1
+    other = Noise.fixed(torch.arange(2000), 1).normal(50)
+    for a, b in ((eps, more), (eps, other), (eps[1:], eps[:-1]), (eps[:, 1:], eps[:, :-1])):
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.015
+
+
+# ---------------------------------------------------------------------------------------------------------- blocks
+
+
+def test_gated_block_is_x_plus_a_sigmoid_b():
+    block = GatedResidualBlock(6).double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    h = block.conv2(torch.relu(block.conv1(torch.relu(x))))
+    assert torch.allclose(block(x), x + h[:, :6] / (1 + torch.exp(-h[:, 6:])))
+    core.zero_init(block.conv2)
+    assert torch.equal(block(x), x)  # a residual: with its branch at zero, the identity
+
+
+def test_residual_stack_has_five_blocks_and_ends_in_relu():
+    stack = residual_stack(8)
+    assert sum(isinstance(m, GatedResidualBlock) for m in stack) == 5
+    assert stack(torch.randn(1, 8, 4, 4)).min() == 0
+
+
+def test_encoder_mean_takes_both_signs_and_shapes_are_same_convolutions():
+    model = ImageVAE(4, StandardNormal)
+    nn.init.normal_(model.encoder.net[-1].weight)
+    mu, log_std = model.encoder(torch.randn(2, 3, 32, 32))
+    assert mu.shape == log_std.shape == (2, 4, 8, 8) and mu.min() < 0 < mu.max()
+    assert all(t.shape == (2, 3, 32, 32) for t in model.decoder(mu))
+
+
+def test_decoder_mean_and_log_std_come_from_different_channels():
+    decoder = ConvDecoder(4)
+    weight = decoder.net[-1].weight
+    mu, log_std = decoder(torch.randn(1, 4, 8, 8))
+    (from_mu,), (from_log_std,) = (torch.autograd.grad(t.sum(), weight, retain_graph=True) for t in (mu, log_std))
+    used = [g.abs().sum((0, 2, 3)) > 0 for g in (from_mu, from_log_std)]
+    assert used[0].tolist() == [True] * 3 + [False] * 3 and used[1].tolist() == [False] * 3 + [True] * 3
+
+
+# -------------------------------------------------------------------------------------------------- masks and flow
+
+
+def test_masks_are_literally_these():
+    assert causal_mask("A", 3).tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert causal_mask("B", 3).tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+    assert causal_mask("A", 5)[2].tolist() == [1, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="mask_type"):
+        causal_mask("C", 3)
+
+
+def sees(function, channels, height, position):
+    """[height * height] booleans: which input positions the output at a position depends on."""
+    x = torch.randn(1, channels, height, height, dtype=torch.float64, requires_grad=True)
+    output = function(x).flatten(2)[0, :, position].sum()
+    return torch.autograd.grad(output, x)[0].abs().sum((0, 1)).flatten() > 0
+
+
+def test_flow_sees_all_of_the_past_in_reach_and_nothing_else():
+    flow = trained_flow(height=5)
+    for position in range(25):
+        seen = sees(lambda z: torch.cat(flow.shift_and_scale(z), 1), 2, 5, position)
+        assert not seen[position:].any()
+        if position >= 6 and position % 5:
+            assert seen[position - 1] and seen[position - 5] and seen[position - 6]
+    free = nn.Conv2d(2, 2, 3, padding=1).double()  # control: without a mask the future is seen
+    assert sees(free, 2, 5, 12)[13]
+    assert not sees(MaskedConv2d("A", 2, 2, 3).double(), 2, 5, 12)[12]
+    assert sees(MaskedConv2d("B", 2, 2, 3).double(), 2, 5, 12)[12]
+
+
+def test_masked_convolution_keeps_its_weights():
+    conv = MaskedConv2d("A", 2, 2, 3)
+    before = conv.weight.detach().clone()
+    conv(torch.randn(1, 2, 4, 4))
+    assert torch.equal(conv.weight, before) and (before != 0).all()
+
+
+def test_flow_inverts_and_its_log_dets_cancel():
+    flow = trained_flow()
+    eps = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    z = flow.eps_to_z(eps)
+    back, log_det = flow.z_to_eps(z)
+    assert torch.allclose(back, eps, atol=1e-10) and not torch.allclose(z, eps, atol=0.1)
+    jacobian = torch.autograd.functional.jacobian(lambda e: inverse_with_gradient(flow, e), eps[:1])
+    assert log_det.shape == (3,)
+    assert torch.linalg.slogdet(jacobian.reshape(32, 32))[1].item() == pytest.approx(-log_det[0].item(), abs=1e-9)
+
+
+def inverse_with_gradient(flow, eps):
+    """`eps_to_z` with autograd: a fixed point after as many rounds as there are positions."""
+    z = torch.zeros_like(eps)
+    for _ in range(16):
+        t, s = flow.shift_and_scale(z)
+        z = t + s.exp() * eps
+    return z
+
+
+def test_flow_log_det_is_autograds_for_each_example():
+    flow = trained_flow()
+    z = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    _, log_det = flow.z_to_eps(z)
+    for b in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda z: flow.z_to_eps(z)[0], z[b : b + 1]).reshape(32, 32)
+        assert log_det[b].item() == pytest.approx(torch.linalg.slogdet(jacobian)[1].item(), abs=1e-9)
+    assert log_det.abs().min() > 0.1  # control: there is something to get wrong
+
+
+def test_flow_density_integrates_to_one_and_samples_follow_it():
+    flow = trained_flow(channels=1, height=1, strength=0.5)
+    flow.latent_shape = (1, 1, 2)  # two positions in a row: a density in the plane
+    grid = torch.linspace(-15, 15, 601, dtype=torch.float64)
+    cell = (grid[1] - grid[0]).item() ** 2
+    with torch.no_grad():
+        log_p = flow.log_prob(torch.cartesian_prod(grid, grid).reshape(-1, 1, 1, 2))
+        assert log_p.exp().sum().item() * cell == pytest.approx(1, abs=1e-6)
+        z = flow.sample(Noise.fixed(torch.arange(40_000), 0)).double()
+        at_samples = flow.log_prob(z)
+    neg_entropy = (log_p.exp() * log_p).sum().item() * cell
+    se = at_samples.std().item() / 200
+    assert abs(at_samples.mean().item() - neg_entropy) < 4 * se < 0.05
+
+
+def test_2b_starts_exactly_where_2a_does():
+    torch.manual_seed(0)
+    a = ImageVAE(4, StandardNormal)
+    torch.manual_seed(0)
+    b = ImageVAE(4, FlowPrior)
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    terms_a, terms_b = (evaluate(m, images) for m in (a, b))
+    assert torch.equal(terms_a.recon, terms_b.recon) and torch.equal(terms_a.kl, terms_b.kl)
+    z = torch.randn(2, 4, 8, 8)
+    assert torch.equal(b.prior.z_to_eps(z)[0], z) and torch.equal(b.prior.z_to_eps(z)[1], torch.zeros(2))
+
+
+# ---------------------------------------------------------------------------------------- training and evaluation
+
+
+def small_images(n=37):
+    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+
+
+def test_evaluation_counts_every_example_once_whatever_the_batch_size_and_order():
+    torch.manual_seed(2)
+    model, images = ImageVAE(4, FlowPrior), small_images(11)
+    nn.init.normal_(model.encoder.net[-1].weight, 0, 0.05)
+    results = [evaluate(model, images, batch_size=b) for b in (11, 4, 1)]
+    for terms in results[1:]:
+        assert torch.allclose(terms.neg_elbo, results[0].neg_elbo, rtol=1e-5)
+    assert in_bits(results[0], 3072)["neg_elbo_bpd"] == pytest.approx(in_bits(results[1], 3072)["neg_elbo_bpd"], rel=1e-6)
+    means = [t.neg_elbo.mean() for t in (Terms(*(x[:4] for x in results[0])), Terms(*(x[8:] for x in results[0])))]
+    assert not torch.allclose((means[0] + means[1]) / 2, results[0].neg_elbo.mean(), rtol=1e-9)  # mean of means: wrong
+
+
+def arguments(**changes):
+    return argparse.Namespace(**{**dict(epochs=3, batch_size=20, lr=3e-3, precision="fp32"), **changes})
+
+
+def point_splits():
+    x = torch.randn(300, 2) * torch.tensor([2.0, 0.5])
+    return dict(zip(core.SPLITS, x.split(100), strict=True))
+
+
+def point_model():
+    torch.manual_seed(0)
+    return VAE(core.GaussianMLP(2, 2, 16, 1), core.GaussianMLP(2, 2, 16, 1), StandardNormal((2,)), (2,))
+
+
+def test_fit_learns_reports_weight_one_and_keeps_the_best_validation_epoch():
+    model, splits = point_model(), point_splits()
+    curves = fit(model, splits, arguments(epochs=6), warmup=1.0)  # the KL's weight is under 1 throughout training
+    valid = curves["valid"]["neg_elbo_bpd"]
+    assert len(valid) == 7 and valid[-1] < valid[0] - 0.1
+    assert curves["best_epoch"] == int(np.argmin(valid))
+    now = in_bits(evaluate(model, splits["valid"]), 2)
+    assert now["neg_elbo_bpd"] == pytest.approx(min(valid), abs=1e-12)
+    assert now["neg_elbo_bpd"] == pytest.approx(now["kl_bpd"] + now["recon_bpd"], abs=1e-9)
+
+
+def test_fit_keeps_the_earlier_weights_when_validation_only_gets_worse():
+    model, splits = point_model(), point_splits()
+    fit(model, splits, arguments(epochs=5))
+    best = {k: v.clone() for k, v in model.state_dict().items()}
+    splits["train"] = splits["train"] * 30  # now training leads away from validation
+    curves = fit(model, splits, arguments(epochs=1, lr=0.05))
+    assert curves["best_epoch"] == 0 and all(torch.equal(v, best[k]) for k, v in model.state_dict().items())
+    assert curves["valid"]["neg_elbo_bpd"][1] > curves["valid"]["neg_elbo_bpd"][0]
+
+
+def test_fit_of_zero_epochs_changes_nothing():
+    model = point_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    curves = fit(model, point_splits(), arguments(epochs=0))
+    assert curves["epoch"] == [0] and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
+    rates = [core.one_cycle(step, 1000) for step in range(1001)]
+    assert max(rates) == rates[100] == 1 and rates[0] == 0 and rates[-1] == pytest.approx(0)
+    assert all(b > a for a, b in zip(rates[:100], rates[1:101], strict=True))
+    assert all(b < a for a, b in zip(rates[100:-1], rates[101:], strict=True))

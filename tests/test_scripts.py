@@ -1,0 +1,221 @@
+"""The scripts as a user runs them: the real commands, the files they leave, bad input, and the notebook route."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import core
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("q1a", "q1b", "q2a", "q2b")
+FIGURES = {
+    "q1a": {"curves", "samples"}, "q1b": {"curves", "samples", "latents"},
+    "q2a": {"curves", "samples", "interpolations", "reconstructions"},
+    "q2b": {"curves", "samples", "interpolations", "reconstructions"},
+}  # fmt: skip
+BOUND = {"neg_elbo_bpd", "neg_elbo_se_bpd", "kl_bpd", "recon_bpd"}
+
+
+def run(*command, folder=ROOT, **environment):
+    environment = {**os.environ, "MPLBACKEND": "agg", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The results folder of one --smoke run of every script, by the command that the README gives."""
+    out = tmp_path_factory.mktemp("out")
+    outputs = {}
+    for script in SCRIPTS:
+        done = run(f"{script}.py", "--smoke", "--out", out)
+        assert done.returncode == 0, done.stderr
+        outputs[script] = done.stdout
+    return out / "smoke", outputs
+
+
+def results(folder, script):
+    return json.loads((folder / script / "metrics.json").read_text())
+
+
+def numbers(value):
+    """All numbers in a nested structure of metrics."""
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_smoke_run_leaves_all_its_files(smoke, script):
+    folder, outputs = smoke
+    names = {path.name for path in (folder / script).iterdir()}
+    assert names == {"metrics.json", "report.md", "checkpoint.pt"} | {f"{name}.png" for name in FIGURES[script]}
+    assert all(path.stat().st_size < 400_000 for path in (folder / script).glob("*.png"))
+    first, *rest = outputs[script].splitlines()
+    assert first.startswith(script) and "--device cpu" in first and "--seed 0" in first
+    assert sum(line.startswith("epoch") for line in rest) >= 2
+    report = (folder / script / "report.md").read_text()
+    assert {match for match in re.findall(r"\((\w+)\.png\)", report)} == FIGURES[script]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_metrics_say_what_ran_on_what_and_are_finite(smoke, script):
+    metrics = results(smoke[0], script)
+    assert set(metrics) == {"script", "args", "data", "env", "params", "seconds", "curves", "final"}
+    assert metrics["script"] == script and metrics["args"]["seed"] == 0
+    assert {"torch", "device", "python"} <= set(metrics["env"])
+    described = metrics["data"]["data1"] if script == "q1a" else metrics["data"]
+    assert {"name", "train", "valid", "test", "sha256"} <= set(described)
+    assert all(math.isfinite(n) for n in numbers(metrics))
+
+
+def check_bound(bound):
+    assert bound["neg_elbo_bpd"] == pytest.approx(bound["kl_bpd"] + bound["recon_bpd"], abs=1e-6)
+    assert set(bound) >= BOUND
+
+
+def test_metrics_of_q1a(smoke):
+    final = results(smoke[0], "q1a")["final"]
+    assert set(final) == {f"{data}_{decoder}" for data in ("data1", "data2") for decoder in ("diagonal", "isotropic")}
+    for bound in final.values():
+        check_bound(bound)
+        assert bound["neg_elbo_bpd"] > bound["floor_bpd"] - 0.01
+
+
+def test_metrics_of_q1b(smoke):
+    final = results(smoke[0], "q1b")["final"]
+    assert set(final) == {"diagonal", "isotropic"}
+    for model in final.values():
+        check_bound(model["train"])
+        check_bound(model["test"])
+        first = model["first100"]
+        assert {"neg_elbo_bpd", "neg_elbo_se_bpd", "neg_iwae100_bpd", "neg_iwae100_se_bpd", "floor_bpd"} <= set(first)
+        assert first["neg_iwae100_bpd"] <= first["neg_elbo_bpd"]
+        assert model["test"]["neg_elbo_bpd"] > model["test"]["floor_bpd"]
+
+
+@pytest.mark.parametrize("script", ("q2a", "q2b"))
+def test_metrics_of_question_2(smoke, script):
+    metrics = results(smoke[0], script)
+    assert "synthetic" in metrics["data"]["name"]
+    assert metrics["curves"]["epoch"] == list(range(metrics["args"]["epochs"] + 1))
+    best = metrics["curves"]["best_epoch"]
+    for split in core.SPLITS:
+        check_bound(metrics["final"][split])
+        for key in core.CURVE_KEYS:
+            assert len(metrics["curves"][split][key]) == len(metrics["curves"]["epoch"])
+            assert metrics["curves"][split][key][best] == pytest.approx(metrics["final"][split][key], abs=1e-5)
+    assert "synthetic" in (smoke[0] / script / "report.md").read_text()
+
+
+def test_2b_report_compares_with_2a_of_the_same_arguments_only(smoke, tmp_path):
+    assert "difference |" in (smoke[0] / "q2b" / "report.md").read_text()
+    a, b = (results(smoke[0], script) for script in ("q2a", "q2b"))
+    for key in core.CURVE_KEYS:  # both start at the same bound
+        assert a["curves"]["test"][key][0] == pytest.approx(b["curves"]["test"][key][0], abs=1e-6)
+    import q2b
+
+    (tmp_path / "metrics.json").write_text(json.dumps({**a, "args": {**a["args"], "lr": 0.5}}))
+    assert "another lr: not compared" in q2b.comparison(b, tmp_path / "metrics.json")
+    (tmp_path / "metrics.json").write_text(json.dumps({**a, "data": {}}))
+    assert "another data: not compared" in q2b.comparison(b, tmp_path / "metrics.json")
+    assert "no results of 2a" in q2b.comparison(b, tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("script", ("q1a", "q2b"))
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(smoke, tmp_path, script):
+    for name, seed in (("same", 0), ("other", 1)):
+        assert run(f"{script}.py", "--smoke", "--seed", seed, "--out", tmp_path / name).returncode == 0
+    first = results(smoke[0], script)
+    assert results(tmp_path / "same" / "smoke", script)["final"] == first["final"]
+    assert results(tmp_path / "same" / "smoke", script)["curves"] == first["curves"]
+    assert results(tmp_path / "other" / "smoke", script)["final"] != first["final"]
+
+
+def test_checkpoint_loads_safely_and_gives_the_reported_bound(smoke):
+    checkpoint = torch.load(smoke[0] / "q2b" / "checkpoint.pt", weights_only=True)
+    model = core.ImageVAE(checkpoint["args"]["latents"], core.FlowPrior)
+    model.load_state_dict(checkpoint["state"])
+    args = core.parse_args("q2b", ["--smoke", "--out", str(smoke[0].parent)], core.IMAGE_DEFAULTS, core.IMAGE_SMOKE, True)[0]
+    bound = core.evaluate_splits(model, core.load_images(args).splits)["test"]
+    assert bound["neg_elbo_bpd"] == pytest.approx(results(smoke[0], "q2b")["final"]["test"]["neg_elbo_bpd"], abs=1e-5)
+
+
+def test_offline_svhn_says_what_is_missing(tmp_path):
+    done = run(
+        "q2b.py", "--epochs", 1, "--out", tmp_path / "out", "--data-root", tmp_path / "data",
+        https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9",
+    )  # fmt: skip
+    last = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(last) == 1
+    assert all(word in last[0] for word in ("train_32x32.mat", "test_32x32.mat", "--data synthetic"))
+
+
+@pytest.mark.parametrize(
+    "script, flags, culprit",
+    [
+        ("q1a", ["--epoch", "1"], "--epoch"), ("q1a", ["--batch-size", "0"], "--batch-size"),
+        ("q1a", ["--batch-size", "999999", "--smoke"], "--batch-size"), ("q1b", ["--lr", "nan"], "--lr"),
+        ("q1b", ["--lr", "-1"], "--lr"), ("q1b", ["--epochs", "-1"], "--epochs"), ("q1b", ["--data", "x"], "--data"),
+        ("q2a", ["--device", "tpu"], "--device"), ("q2a", ["--device", "cuda"], "--device"),
+        ("q2a", ["--data", "nothing.npz"], "nothing.npz"), ("q2b", ["--smoke", "--out", "core.py"], "core.py"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_status_2(script, flags, culprit, tmp_path, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    module = __import__(script)
+    flags = [str(ROOT / f) if f == "core.py" else f for f in flags]
+    with pytest.raises(SystemExit) as stop:
+        module.main([*([] if "--out" in flags else ["--out", str(tmp_path)]), *flags])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and culprit in message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+
+    def write(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        core.write_whole(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "/x/kernel.json"])
+    monkeypatch.chdir(tmp_path)
+    cell = {"__name__": "__main__"}  # no __file__, as in a notebook
+    exec(compile((ROOT / f"{script}.py").read_text(), "<cell>", "exec"), cell)
+    assert not list(tmp_path.iterdir())  # pasting starts nothing
+    if script == "q1a":
+        cell["main"](["--smoke"])
+        assert (tmp_path / "results" / "smoke" / "q1a" / "report.md").exists()
+        args, _ = core.parse_args("q1a", None, cell["DEFAULTS"], cell["SMOKE"])  # the kernel's own flags are not ours
+        assert args.epochs == cell["DEFAULTS"]["epochs"]
+
+
+def test_every_command_in_the_readme_parses(monkeypatch):
+    monkeypatch.setattr(core, "make_folder", lambda path: path)
+    commands = re.findall(r"python (q\w+)\.py([^`\n#&|]*)", (ROOT / "README.md").read_text())
+    assert {script for script, _ in commands} >= set(SCRIPTS)
+    for script, flags in commands:
+        core.parse_args(script, shlex.split(flags), {}, {}, images=script.startswith("q2"))
+    with pytest.raises(SystemExit):
+        core.parse_args("q2b", ["--epoch", "1"], {}, {}, images=True)
