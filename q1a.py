@@ -26,7 +26,7 @@ MEAN = np.array([1.0, 2.0])
 STD = np.array([5.0, 1.0])
 TURN = {"data1": np.eye(2), "data2": np.array([[1, 1], [-1, 1]]) * math.sqrt(2) / 2}  # x = mean + (randn * std) @ turn
 DECODERS = {"diagonal": 2, "isotropic": 1}  # how many log stds the decoder has
-DEFAULTS = dict(epochs=10, batch_size=250, lr=3e-3)
+DEFAULTS = dict(epochs=10, batch_size=500, lr=3e-3)
 SMOKE = dict(epochs=2)
 
 
@@ -76,10 +76,12 @@ def answer(name: str, final: dict[str, float]) -> str:
         why = "The decoder's noise alone can have the shape of the data, so the bound can touch the floor with no code."
     else:
         why = (
-            "Noise of the decoder's shape cannot imitate the data, whose long axis has 5 times the std of the short one; "
-            "the code has to carry the position along it, and the rest is noise."
+            "Noise of the decoder's shape cannot imitate the data, whose long axis has 5 times the std of the short "
+            "one; the code has to carry the position along it, and the rest is noise."
         )
-    return f"- `{name}`: KL {kl:.3f} bits/dim, so it {used}. Least possible {least:.3f}. {why} Bound − floor: {gap:+.4f}."
+    return (
+        f"- `{name}`: KL {kl:.3f} bits/dim, so it {used}. Least possible {least:.3f}. {why} Bound − floor: {gap:+.4f}."
+    )
 
 
 def write_report(metrics: dict[str, Any]) -> str:
@@ -93,8 +95,8 @@ def write_report(metrics: dict[str, Any]) -> str:
     return f"""# 1A: when does a VAE put information into its code?
 
 Four VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, {metrics["seconds"]:.0f} s in all on
-{metrics["env"]["device"]}. All numbers are bits per dimension, on the {data["test"]:,} test points, ± one standard error
-over them.
+{metrics["env"]["device"]}. All numbers are bits per dimension, on the {data["test"]:,} test points, ± one standard
+error over them.
 
 ## 1. Loss curves and final losses
 

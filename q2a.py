@@ -13,8 +13,8 @@ import time
 import torch
 
 from core import (
-    IMAGE_DEFAULTS, IMAGE_SMOKE, ImageVAE, StandardNormal, describe_run, evaluate_splits, fit, image_report, in_notebook,
-    load_images, parse_args, plot_curves, plot_image_model, write_results,
+    IMAGE_DEFAULTS, IMAGE_SMOKE, ImageVAE, StandardNormal, describe_run, evaluate_splits, fit, image_report,
+    in_notebook, load_images, parse_args, plot_curves, plot_image_model, write_results,
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     start, data = time.perf_counter(), load_images(args)
     splits = {k: x.to(args.device) for k, x in data.splits.items()}
     torch.manual_seed(args.seed)
-    model = ImageVAE(args.latents, StandardNormal).to(args.device, memory_format=torch.channels_last)
+    model = ImageVAE(args.latents, StandardNormal).to(args.device).to(memory_format=torch.channels_last)
     curves = fit(model, splits, args)
     final = evaluate_splits(model, splits)
     title = f"2a, N(0, I) prior, {data.name}: test −ELBO {final['test']['neg_elbo_bpd']:.3f} bits/dim"

@@ -1,6 +1,7 @@
 """Question 2b: the VAE of 2a with an autoregressive flow as its prior, and nothing else different.
 
-    z = f(eps):  z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i  over the 64 raster positions i,  s and t from a shallow PixelCNN
+    z = f(eps):  z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i,  i over the 8 x 8 positions in raster order
+                 with s and t from a shallow PixelCNN
     log p(z) = log N(eps; 0, I) + log |det d eps / d z| = log N(eps; 0, I) - sum_i s_i
 
 (arXiv:1611.02731, equations 12 to 14). Same encoder, decoder, loss, seed and batches as 2a; the flow starts as the
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     start, data = time.perf_counter(), load_images(args)
     splits = {k: x.to(args.device) for k, x in data.splits.items()}
     torch.manual_seed(args.seed)
-    model = ImageVAE(args.latents, FlowPrior).to(args.device, memory_format=torch.channels_last)
+    model = ImageVAE(args.latents, FlowPrior).to(args.device).to(memory_format=torch.channels_last)
     curves = fit(model, splits, args)
     final = evaluate_splits(model, splits)
     title = f"2b, flow prior, {data.name}: test −ELBO {final['test']['neg_elbo_bpd']:.3f} bits/dim"

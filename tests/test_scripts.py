@@ -147,7 +147,9 @@ def test_checkpoint_loads_safely_and_gives_the_reported_bound(smoke):
     checkpoint = torch.load(smoke[0] / "q2b" / "checkpoint.pt", weights_only=True)
     model = core.ImageVAE(checkpoint["args"]["latents"], core.FlowPrior)
     model.load_state_dict(checkpoint["state"])
-    args = core.parse_args("q2b", ["--smoke", "--out", str(smoke[0].parent)], core.IMAGE_DEFAULTS, core.IMAGE_SMOKE, True)[0]
+    args = core.parse_args(
+        "q2b", ["--smoke", "--out", str(smoke[0].parent)], core.IMAGE_DEFAULTS, core.IMAGE_SMOKE, True
+    )[0]
     bound = core.evaluate_splits(model, core.load_images(args).splits)["test"]
     assert bound["neg_elbo_bpd"] == pytest.approx(results(smoke[0], "q2b")["final"]["test"]["neg_elbo_bpd"], abs=1e-5)
 

@@ -1,0 +1,83 @@
+"""Seen to fail: each known mistake, planted in a copy of the code, must make the tests fail.
+
+    python tests/mutants.py        (some minutes; status 1 if a mistake goes unnoticed)
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MUTANTS = [  # what goes wrong, file, right, wrong
+    ("sum over dimensions becomes a mean", "core.py", "x.flatten(1).sum(1)", "x.flatten(1).mean(1)"),
+    ("log std not subtracted", "core.py", "** 2 - log_std - 0.5", "** 2 - 0.5"),
+    ("log 2 pi counted twice", "core.py", "0.5 * math.log(2 * math.pi))", "math.log(2 * math.pi))"),
+    ("variance where std was meant", "core.py", "(x - mu) * torch.exp(-log_std)) ** 2", "(x - mu) * torch.exp(-2 * log_std)) ** 2"),
+    ("prior N(0, e)", "core.py", "normal_log_prob(z, torch.zeros_like(z), torch.zeros_like(z))\n\n    def z_to_eps", "normal_log_prob(z, torch.zeros_like(z), torch.ones_like(z) / 2)\n\n    def z_to_eps"),
+    ("plain tanh on log stds", "core.py", "LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0", "LOG_STD_LOW, LOG_STD_HIGH = -1.0, 1.0"),
+    ("bits without ln 2", "core.py", "nats / (num_dims * math.log(2))", "nats / num_dims"),
+    ("IWAE that averages ELBOs", "core.py", "torch.logsumexp(log_w, 0) - math.log(len(log_w))", "log_w.mean(0)"),
+    ("IWAE without log K", "core.py", "torch.logsumexp(log_w, 0) - math.log(len(log_w))", "torch.logsumexp(log_w, 0)"),
+    ("no dequantisation noise", "core.py", "(levels + u) / PIXEL_SCALE", "levels / PIXEL_SCALE"),
+    ("rounding in place of the bin", "core.py", ".floor().clamp(0, 255)", ".round().clamp(0, 255)"),
+    ("no change of scale", "core.py", "log_p_x - num_dims * math.log(PIXEL_SCALE)", "log_p_x"),
+    ("change of scale by 256", "core.py", "math.log(PIXEL_SCALE)", "math.log(256)"),
+    ("KL with the wrong sign", "core.py", "log_std.detach()) - self.prior", "log_std.detach()) + self.prior"),
+    ("one noise for every evaluation seed", "core.py", "torch.tensor(self.seed, device", "torch.tensor(0, device"),
+    ("one noise for every call", "core.py", "self.calls += 1", "self.calls += 0"),
+    ("noise by place in the batch", "core.py", "+ self.examples.to(torch.int64))", "+ torch.arange(self.batch))"),
+    ("mean and scale from one slice", "core.py", "mu, raw = at_least_fp32(self.net(z)).chunk(2, 1)  # each (B, 3", "mu = raw = at_least_fp32(self.net(z)).chunk(2, 1)[0]  # each (B, 3"),
+    ("shortcut gated, no residual", "core.py", "return x + a * torch.sigmoid(b)", "return torch.sigmoid(b) * x"),
+    ("gate on the wrong half", "core.py", "return x + a * torch.sigmoid(b)", "return x + b * torch.sigmoid(a)"),
+    ("four blocks", "core.py", "for _ in range(5)], nn.ReLU())", "for _ in range(4)], nn.ReLU())"),
+    ("ReLU output as a latent mean", "core.py", "return mu, bounded_log_std(raw)\n\n\nclass ConvDecoder", "return mu.relu(), bounded_log_std(raw)\n\n\nclass ConvDecoder"),
+    ("mask A sees the centre", "core.py", '+ (mask_type == "B")', "+ 1"),
+    ("mask B does not", "core.py", '+ (mask_type == "B")', ""),
+    ("mask reversed", "core.py", "mask[:centre] = 1", "mask[centre + 1 :] = 1"),
+    ("mask forgotten", "core.py", "self.weight * self.mask", "self.weight"),
+    ("weights overwritten by the mask", "core.py", "self._conv_forward(x, self.weight * self.mask, self.bias)", "self._conv_forward(x, self.weight.data.mul_(self.mask), self.bias)"),
+    ("first layer mask B", "core.py", 'MaskedConv2d("A", channels, width, 3)', 'MaskedConv2d("B", channels, width, 3)'),
+    ("log-determinant dropped", "core.py", "torch.zeros_like(eps)) + log_det", "torch.zeros_like(eps))"),
+    ("log-determinant with the wrong sign", "core.py", "torch.exp(-s), -sum_dims(s)", "torch.exp(-s), sum_dims(s)"),
+    ("log-determinant summed over the batch", "core.py", "torch.exp(-s), -sum_dims(s)", "torch.exp(-s), -s.sum().expand(len(s))"),
+    ("flow inverse scales by exp(-s)", "core.py", "torch.exp(s[:, :, i, j]) * eps", "torch.exp(-s[:, :, i, j]) * eps"),
+    ("flow does not start as the identity", "core.py", "zero_init(nn.Conv2d(width, 2 * channels, 1))", "nn.Conv2d(width, 2 * channels, 1)"),
+    ("prior built before the networks", "core.py", "encoder, decoder = ConvEncoder", "_ = prior(latent_shape)\n        encoder, decoder = ConvEncoder"),
+    ("last batch of an evaluation dropped", "core.py", "zip(*terms, strict=True)))", "zip(*(terms[:-1] or terms), strict=True)))"),
+    ("best epoch chosen on train", "core.py", 'if bounds["valid"]["neg_elbo_bpd"] < best', 'if bounds["train"]["neg_elbo_bpd"] < best'),
+    ("last epoch kept", "core.py", "    model.load_state_dict(best_state)\n", ""),
+    ("warm-up never ends", "core.py", "if warmup else 1.0) * kl", "if warmup else 0.0) * kl"),
+    ("test and train overlap", "core.py", "int(0.8 * len(x)) * 9 // 10, int(0.8 * len(x))", "int(0.8 * len(x)), int(0.9 * len(x))"),
+    ("validation is the end of SVHN's file", "core.py", "np.split(train[order],", "np.split(train,"),
+    ("pickles are opened", "core.py", "allow_pickle=False", "allow_pickle=True"),
+    ("1A turned the other way", "q1a.py", "[[1, 1], [-1, 1]]", "[[1, -1], [1, 1]]"),
+    ("arc without its weight", "q1b.py", "[1 / (3 * nodes)] * nodes", "[1 / nodes] * nodes"),
+]  # fmt: skip
+
+
+def main() -> None:
+    missed = 0
+    for what, file, right, wrong in MUTANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in (*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "pyproject.toml"):
+                shutil.copy(path, folder)
+            shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+            source = (ROOT / file).read_text()
+            if source.count(right) < 1:
+                raise SystemExit(f"{what}: the code no longer holds {right!r}")
+            (Path(folder) / file).write_text(source.replace(right, wrong))
+            tests = ["tests/test_core.py", "tests/test_data.py"]
+            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+        failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        missed += done.returncode != 1
+        print(f"{'caught' if done.returncode == 1 else 'MISSED'}  {what}: {failed[0] if failed else ''}", flush=True)
+    print(f"{len(MUTANTS) - missed} of {len(MUTANTS)} mistakes caught")
+    raise SystemExit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
