@@ -39,7 +39,7 @@ LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0
 PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128 - 1 lies in [-1, 1]
 SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
-IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=32)  # of question 2
+IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16)  # of question 2
 IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4)
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
 
@@ -249,17 +249,15 @@ class ImageVAE(VAE):
 
 
 class GaussianMLP(nn.Module):
-    """An MLP that ends in the mean and the bounded log std of a diagonal normal. [B, inputs] -> two of [B, ...]."""
+    """An MLP from the plane to a normal in the plane: x [B, 2] -> mu [B, 2], bounded log_std [B, 2 or 1]. Question 1."""
 
-    def __init__(self, inputs: int, outputs: int, width: int, hidden: int, num_log_stds: int | None = None):
+    def __init__(self, hidden: tuple[int, ...], activation: Callable[[], nn.Module], num_log_stds: int = 2):
         super().__init__()
-        sizes = [inputs] + [width] * hidden
-        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
-        self.split = [outputs, outputs if num_log_stds is None else num_log_stds]
-        self.net = nn.Sequential(*layers, nn.Linear(width, sum(self.split)))
+        layers = [m for a, b in itertools.pairwise((2, *hidden)) for m in (nn.Linear(a, b), activation())]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden[-1], 2 + num_log_stds))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, raw = self.net(x).split(self.split, 1)  # (B, outputs), (B, outputs or 1)
+        mu, raw = self.net(x).tensor_split([2], 1)  # (B, 2), (B, num_log_stds)
         return mu, bounded_log_std(raw)
 
 

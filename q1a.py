@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core import (
     VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
@@ -26,6 +26,7 @@ MEAN = np.array([1.0, 2.0])
 STD = np.array([5.0, 1.0])
 TURN = {"data1": np.eye(2), "data2": np.array([[1, 1], [-1, 1]]) * math.sqrt(2) / 2}  # x = mean + (randn * std) @ turn
 DECODERS = {"diagonal": 2, "isotropic": 1}  # how many log stds the decoder has
+HIDDEN = (64, 64)
 DEFAULTS = dict(epochs=10, batch_size=500, lr=3e-3)
 SMOKE = dict(epochs=2)
 
@@ -141,19 +142,16 @@ def main(argv: list[str] | None = None) -> None:
         data = split_points(data_name, points[:5000] if args.smoke else points)
         splits = {k: x.to(args.device) for k, x in data.splits.items()}
         described[data_name], tests[data_name] = data.describe(), data.splits["test"]
-        for decoder, num_log_stds in DECODERS.items():
-            name = f"{data_name}_{decoder}"
+        for decoder_name, num_log_stds in DECODERS.items():
+            name = f"{data_name}_{decoder_name}"
             print(f"{name}:")
             torch.manual_seed(args.seed)
-            model = VAE(
-                GaussianMLP(2, 2, width=64, hidden=2),
-                GaussianMLP(2, 2, width=64, hidden=2, num_log_stds=num_log_stds),
-                StandardNormal((2,)), latent_shape=(2,),
-            ).to(args.device)  # fmt: skip
+            encoder, decoder = GaussianMLP(HIDDEN, nn.SiLU), GaussianMLP(HIDDEN, nn.SiLU, num_log_stds)
+            model = VAE(encoder, decoder, StandardNormal((2,)), latent_shape=(2,)).to(args.device)
             curves[name] = fit(model, splits, args)
             final[name] = in_bits(evaluate(model, splits["test"]), 2)
             final[name]["floor_bpd"] = bits_per_dim(cross_entropy(data_name, data.splits["test"]).mean().item(), 2)
-            final[name]["least_kl_bpd"] = bits_per_dim(least_kl(true_covariance(data_name), decoder), 2)
+            final[name]["least_kl_bpd"] = bits_per_dim(least_kl(true_covariance(data_name), decoder_name), 2)
             with torch.no_grad():
                 samples[name] = model.sample(Noise.fixed(torch.arange(3000, device=args.device), seed=1))
             state[name], params = model.state_dict(), params + sum(p.numel() for p in model.parameters())

@@ -1,6 +1,6 @@
 """Seen to fail: each known mistake, planted in a copy of the code, must make the tests fail.
 
-    python tests/mutants.py        (some minutes; status 1 if a mistake goes unnoticed)
+python tests/mutants.py        (some minutes; status 1 if a mistake goes unnoticed)
 """
 
 import os
@@ -71,7 +71,9 @@ def main() -> None:
             (Path(folder) / file).write_text(source.replace(right, wrong))
             tests = ["tests/test_core.py", "tests/test_data.py"]
             command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+            )
         failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         missed += done.returncode != 1
         print(f"{'caught' if done.returncode == 1 else 'MISSED'}  {what}: {failed[0] if failed else ''}", flush=True)

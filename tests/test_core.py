@@ -190,7 +190,9 @@ def test_every_term_of_the_image_model_is_one_number_an_example_in_nats():
     noise.uniform(3, 32, 32)
     mu, log_std = model.encoder(x)
     z = mu + log_std.exp() * noise.normal(4, 8, 8)
-    log_ratio = Independent(Normal(mu, log_std.exp()), 3).log_prob(z) - Independent(Normal(0 * mu, 1 + 0 * mu), 3).log_prob(z)
+    log_ratio = Independent(Normal(mu, log_std.exp()), 3).log_prob(z) - Independent(
+        Normal(0 * mu, 1 + 0 * mu), 3
+    ).log_prob(z)
     assert torch.allclose(terms.kl, log_ratio, rtol=1e-4) and (terms.kl > 1).all()
     mu, log_std = model.decoder(z)
     assert log_std.shape == (3, 3, 32, 32)
@@ -386,7 +388,7 @@ def point_splits():
 
 def point_model():
     torch.manual_seed(0)
-    return VAE(core.GaussianMLP(2, 2, 16, 1), core.GaussianMLP(2, 2, 16, 1), StandardNormal((2,)), (2,))
+    return VAE(core.GaussianMLP((16,), nn.SiLU), core.GaussianMLP((16,), nn.SiLU), StandardNormal((2,)), (2,))
 
 
 def test_fit_learns_reports_weight_one_and_keeps_the_best_validation_epoch():
