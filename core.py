@@ -28,6 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.datasets import SVHN
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 # ---------------------------------------------------------------------------------------------------- conventions
@@ -72,14 +74,6 @@ class Noise:
         """The noise that belongs to these examples of a set, whatever batch they come in."""
         return cls(len(examples), examples.device, seed, examples)
 
-    def _bits(self, shape: tuple[int, ...]) -> Tensor:
-        """24 random bits an element, int64 [B, *shape]."""
-        assert self.examples is not None
-        self.calls += 1
-        x = _mix(_mix(_mix(torch.tensor(self.seed, device=self.device)) + self.calls) + self.examples.to(torch.int64))
-        x = _mix(x[:, None] + torch.arange(math.prod(shape), device=self.device))  # (B, elements)
-        return ((x >> 40) & 0xFFFFFF).reshape(self.batch, *shape)
-
     def uniform(self, *shape: int) -> Tensor:
         """u ~ U[0, 1), [B, *shape]."""
         if self.examples is None:
@@ -90,7 +84,17 @@ class Noise:
         """eps ~ N(0, 1), [B, *shape]; where fixed, the inverse normal CDF of a uniform, so at most 5.4 in size."""
         if self.examples is None:
             return torch.randn(self.batch, *shape, device=self.device)
-        return torch.special.ndtri((self._bits(shape).double() + 0.5) / 2**24).float()
+        wide = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
+        u = ((self._bits(shape).to(wide) + 0.5) / 2**24).clamp(max=1 - 2**-24)
+        return torch.special.ndtri(u).float()
+
+    def _bits(self, shape: tuple[int, ...]) -> Tensor:
+        """24 random bits an element, int64 [B, *shape]: a hash of seed, then call, then example, then element."""
+        assert self.examples is not None
+        self.calls += 1
+        x = _mix(_mix(_mix(torch.tensor(self.seed, device=self.device)) + self.calls) + self.examples.to(torch.int64))
+        x = _mix(x[:, None] + torch.arange(math.prod(shape), device=self.device))  # (B, elements)
+        return ((x >> 40) & 0xFFFFFF).reshape(self.batch, *shape)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -249,7 +253,7 @@ class ImageVAE(VAE):
 
 
 class GaussianMLP(nn.Module):
-    """An MLP from the plane to a normal in the plane: x [B, 2] -> mu [B, 2], bounded log_std [B, 2 or 1]. Question 1."""
+    """An MLP from the plane to a normal in the plane: [B, 2] -> mu [B, 2], bounded log_std [B, 2 or 1]. Question 1."""
 
     def __init__(self, hidden: tuple[int, ...], activation: Callable[[], nn.Module], num_log_stds: int = 2):
         super().__init__()
@@ -299,8 +303,8 @@ class ConvEncoder(nn.Module):
             nn.Conv2d(256, 256, 3, padding=1), residual_stack(256),
             nn.Conv2d(256, 2 * latent_channels, 1),
         )  # fmt: skip
-        with torch.no_grad():
-            self.net[-1].bias[latent_channels:] = -2
+        bias = self.net[-1].get_parameter("bias")
+        nn.init.constant_(bias[latent_channels:], -2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, raw = at_least_fp32(self.net(x)).chunk(2, 1)  # each (B, C, 8, 8)
@@ -324,14 +328,6 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         mu, raw = at_least_fp32(self.net(z)).chunk(2, 1)  # each (B, 3, 32, 32)
         return mu, bounded_log_std(raw)
-
-
-def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """The layer, with weight and bias set to zero: its output is zero until training moves it."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 # ------------------------------------------------------------------------------------------------- masks and flow
@@ -388,8 +384,10 @@ class FlowPrior(nn.Module):
         channels = latent_shape[0]
         self.net = nn.Sequential(
             MaskedConv2d("A", channels, width, 3), *[MaskedResidual(width) for _ in range(3)], nn.ReLU(),
-            zero_init(nn.Conv2d(width, 2 * channels, 1)),
+            nn.Conv2d(width, 2 * channels, 1),
         )  # fmt: skip
+        for parameter in self.net[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def shift_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """t and s at every position, from the positions before it. z [B, C, H, W] -> two of [B, C, H, W]."""
@@ -449,27 +447,21 @@ def split_points(name: str, points: np.ndarray) -> Data:
 
 
 def load_images(args: argparse.Namespace) -> Data:
-    """The images that --data names, as uint8 [N, 3, 32, 32] splits, cut to --limit."""
+    """The images that --data names, as splits uint8 [N, 3, 32, 32]; under --limit N, N, N/10 and N/10 of them."""
+    limited = args.limit and (args.limit, max(1, args.limit // 10), max(1, args.limit // 10))
     if args.data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(args.data_root))
     elif args.data == "synthetic":
-        sizes = SVHN_SIZES if args.limit is None else limited_sizes(args.limit)
-        name, arrays = (
-            "synthetic (a stand-in for SVHN)",
-            load_synthetic(Path(args.data_root), sizes, cache=not args.limit),
-        )
+        sizes = limited or SVHN_SIZES
+        arrays = load_synthetic(Path(args.data_root), sizes, cache=args.limit is None)
+        name = "synthetic (a stand-in for SVHN)"
     else:
         name, arrays = Path(args.data).name, load_npz(Path(args.data), args.seed)
-    if args.limit is not None:
-        arrays = [x[:n] for x, n in zip(arrays, limited_sizes(args.limit), strict=True)]
+    if limited:
+        arrays = [x[:n] for x, n in zip(arrays, limited, strict=True)]
         name += f", at most {args.limit} training images"
     splits = {k: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for k, x in zip(SPLITS, arrays, strict=True)}
     return Data(name, splits)
-
-
-def limited_sizes(limit: int) -> tuple[int, int, int]:
-    """Under --limit N: N images to train on, a tenth of that to validate and to test on."""
-    return limit, max(1, limit // 10), max(1, limit // 10)
 
 
 def load_svhn(root: Path) -> list[np.ndarray]:
@@ -477,8 +469,6 @@ def load_svhn(root: Path) -> list[np.ndarray]:
 
     The official train file is split 65,931 / 7,326 by a fixed permutation, so that validation is not the file's end.
     """
-    from torchvision.datasets import SVHN
-
     try:
         train, test = (SVHN(str(root), split, download=True).data.transpose(0, 2, 3, 1) for split in ("train", "test"))
     except (OSError, RuntimeError, ValueError, urllib.error.URLError) as error:
@@ -516,7 +506,7 @@ def load_npz(path: Path, seed: int) -> list[np.ndarray]:
 
 def load_synthetic(root: Path, sizes: tuple[int, ...], cache: bool = True) -> list[np.ndarray]:
     """The synthetic stand-in for SVHN, three uint8 [N, 32, 32, 3]; with `cache`, made once and kept under root."""
-    path = root / "synthetic.npz"
+    path = root / "synthetic_v1.npz"
     if cache and path.exists():
         return load_npz(path, 0)
     print(f"making {sum(sizes):,} synthetic images" + (f", kept in {path}" if cache else ""), flush=True)
@@ -602,7 +592,7 @@ def evaluate(model: nn.Module, x: Tensor, batch_size: int | None = None, seed: i
     batches = torch.arange(len(x), device=x.device).split(batch_size)
     terms = [model(x[i], Noise.fixed(i, seed)) for i in batches]
     model.train(was_training)
-    return Terms(*(torch.cat(t).double().cpu() for t in zip(*terms, strict=True)))
+    return Terms(*(torch.cat(t).cpu().double() for t in zip(*terms, strict=True)))
 
 
 def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
@@ -649,18 +639,17 @@ def fit(model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, w
         schedule.step()
 
     curves: dict[str, Any] = {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}}
-    best, best_state, start, speed = math.inf, copy.deepcopy(model.state_dict()), time.perf_counter(), 0.0
+    best, best_state, start = math.inf, copy.deepcopy(model.state_dict()), time.perf_counter()
     for epoch in range(args.epochs + 1):
         if epoch:  # epoch 0 is the model before training
-            epoch_start, order = time.perf_counter(), torch.randperm(len(train), device=train.device)
-            for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", leave=False, mininterval=0.5, disable=None):
-                step(train[order[i * args.batch_size : (i + 1) * args.batch_size]], ((epoch - 1) * steps + i) / total)
-            speed = steps * args.batch_size / (time.perf_counter() - epoch_start)
+            batches = torch.randperm(len(train), device=train.device)[: steps * args.batch_size].split(args.batch_size)
+            for i, batch in enumerate(tqdm(batches, f"epoch {epoch}/{args.epochs}", leave=False, disable=None)):
+                step(train[batch], ((epoch - 1) * steps + i) / total)
         bounds = evaluate_splits(model, splits, watched=True)
         curves["epoch"].append(epoch)
-        for name, key in ((name, key) for name in SPLITS for key in CURVE_KEYS):
+        for name, key in itertools.product(SPLITS, CURVE_KEYS):
             curves[name][key].append(bounds[name][key])
-        print_epoch(f"{epoch:3d}/{args.epochs}", bounds, speed, time.perf_counter() - start)
+        print_epoch(f"{epoch:3d}/{args.epochs}", bounds, time.perf_counter() - start)
         if not math.isfinite(bounds["train"]["neg_elbo_bpd"]):
             fail(f"training diverged in epoch {epoch}: the bound is not a number; try a lower --lr", status=1)
         if bounds["valid"]["neg_elbo_bpd"] < best:
@@ -680,15 +669,11 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Tensor], watched: bool =
     return {name: in_bits(evaluate(model, x), x[0].numel()) for name, x in cut.items()}
 
 
-def print_epoch(epoch: str, bounds: dict[str, dict[str, float]], speed: float, seconds: float) -> None:
+def print_epoch(epoch: str, bounds: dict[str, dict[str, float]], seconds: float) -> None:
     """One line an epoch, in fixed columns."""
     values = "  ".join(f"{name} {bounds[name]['neg_elbo_bpd']:7.4f}" for name in SPLITS)
-    kl, recon = bounds["valid"]["kl_bpd"], bounds["valid"]["recon_bpd"]
-    print(
-        f"epoch {epoch}  −ELBO bits/dim: {values}  (valid: KL {kl:.4f} + decoder {recon:.4f})  "
-        f"{speed:8,.0f} examples/s  {seconds:5.0f} s",
-        flush=True,
-    )
+    terms = f"(valid: KL {bounds['valid']['kl_bpd']:.4f} + decoder {bounds['valid']['recon_bpd']:.4f})"
+    print(f"epoch {epoch}  −ELBO bits/dim: {values}  {terms}  {seconds:6.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- results and plots
@@ -759,11 +744,8 @@ def save_figure(fig: Any, path: Path) -> None:
 
 def draw_curves(axes: Any, curves: dict[str, Any], floor: float | None = None) -> None:
     """-ELBO, KL and decoder term against the epoch, on three axes, bits/dim: train thin, validation and test bold."""
-    styles = {
-        "train": dict(lw=1, color="0.35"),
-        "valid": dict(lw=2, color="C0"),
-        "test": dict(lw=2, color="C1", ls="--"),
-    }
+    thin, bold, dashed = dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--")
+    styles = dict(zip(SPLITS, (thin, bold, dashed), strict=True))
     for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
         for split, style in styles.items():
             ax.plot(curves["epoch"], curves[split][key], label=split, **style)
@@ -786,14 +768,6 @@ def plot_curves(curves: dict[str, Any], title: str, path: Path) -> None:
     save_figure(fig, path)
 
 
-def tile(images: Tensor, columns: int) -> np.ndarray:
-    """uint8 [N, 3, 32, 32] -> one picture [rows * 34 - 2, columns * 34 - 2, 3], white between the tiles."""
-    padded = F.pad(images.cpu(), (0, 2, 0, 2), value=255)  # (N, 3, 34, 34)
-    rows = len(images) // columns
-    grid = padded.reshape(rows, columns, 3, 34, 34).permute(0, 3, 1, 4, 2)  # (rows, 34, columns, 34, 3)
-    return grid.reshape(rows * 34, columns * 34, 3)[:-2, :-2].numpy()
-
-
 def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
     """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked."""
     shape = (len(panels), 1) if stacked else (1, len(panels))
@@ -801,7 +775,7 @@ def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, 
     size = (0.62 * columns * shape[1] + 0.4, 0.62 * rows * shape[0] + 0.4 * shape[0] + 0.6)
     fig, axes = plt.subplots(*shape, figsize=size, squeeze=False)
     for ax, (name, images) in zip(axes.flat, panels.items(), strict=True):
-        ax.imshow(tile(images, columns), interpolation="nearest")
+        ax.imshow(make_grid(images.cpu(), columns, padding=2, pad_value=255).permute(1, 2, 0), interpolation="nearest")
         ax.set_title(name, fontsize=10)
         ax.axis("off")
     fig.suptitle(title, fontsize=11)
@@ -839,15 +813,11 @@ def plot_image_model(model: ImageVAE, test: Tensor, title: str, out: Path) -> No
     panels = {"test images": shown, "µ(z) at the posterior mean": quantise(mu), "x ~ p(x|z) at the same z": drawn}
     plot_tiles(panels, len(shown), title, out / "reconstructions.png", stacked=True)
     pairs = shown[: len(shown) // 2 * 2].unflatten(0, (-1, 2))
-    paths = (
-        {"straight in z": False}
-        if isinstance(model.prior, StandardNormal)
-        else {"straight in z": False, "straight in ε": True}
-    )
-    panels = {name: interpolate(model, pairs, in_eps) for name, in_eps in paths.items()}
-    plot_tiles(
-        panels, 12, f"{title}\ninterpolations, true test images at the ends", out / "interpolations.png", stacked=True
-    )
+    panels = {"straight in z": interpolate(model, pairs, in_eps=False)}
+    if not isinstance(model.prior, StandardNormal):  # whose z is its eps
+        panels["straight in ε, the flow's noise"] = interpolate(model, pairs, in_eps=True)
+    title += "\ninterpolations, true test images at the ends"
+    plot_tiles(panels, 12, title, out / "interpolations.png", stacked=True)
 
 
 def image_report(heading: str, metrics: dict[str, Any], answer: str = "") -> str:
@@ -910,25 +880,16 @@ def in_notebook() -> bool:
     return os.path.basename(sys.argv[0]) in ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
-def positive(text: str) -> int:
-    """A whole number of 1 or more, for argparse."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
+    """A type for argparse: an int or a float, from low to high."""
 
+    def parse(text: str) -> Any:
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
 
-def natural(text: str) -> int:
-    """A whole number of 0 or more, for argparse."""
-    if (value := int(text)) < 0:
-        raise ValueError
-    return value
-
-
-def rate(text: str) -> float:
-    """A learning rate, above 0 and at most 1, for argparse."""
-    if not 0 < (value := float(text)) <= 1:
-        raise ValueError
-    return value
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def parse_args(
@@ -939,33 +900,24 @@ def parse_args(
     `smoke` holds the tiny defaults of --smoke; a flag that is given wins over both. Errors: one line, exit status 2.
     """
     parser = Parser(prog=f"{script}.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=natural, help="passes over the training set")
-    parser.add_argument("--batch-size", type=positive, help="examples a step")
-    parser.add_argument("--lr", type=rate, help="peak learning rate of Adam")
-    parser.add_argument("--seed", type=natural, default=0, help="of weights, batches and noise; evaluation has its own")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present"
-    )
-    parser.add_argument("--out", default="results", help=f"results go to OUT/{script}")
-    parser.add_argument(
-        "--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}"
-    )
+    add, count = parser.add_argument, number(int, 1, 10**9)
+    add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
+    add("--batch-size", type=count, help="examples a step")
+    add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches and training noise")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
+    add("--out", default="results", help=f"results go to OUT/{script}")
+    add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
     if images:
-        parser.add_argument("--data", help="svhn, synthetic, or FILE.npz (default: svhn; with --smoke, synthetic)")
-        parser.add_argument("--data-root", default="data", help="where data sets are downloaded or kept")
-        parser.add_argument(
-            "--limit", type=positive, help="train on the first LIMIT images, a tenth to validate and test on"
-        )
-        parser.add_argument("--latents", type=positive, help="channels of z, which has 8 x 8 positions")
-        parser.add_argument(
-            "--precision",
-            choices=("auto", "fp32", "bf16"),
-            default="auto",
-            help="of training steps; all reported bounds are fp32. auto: bf16 where the hardware multiplies it",
-        )
-    parser.set_defaults(**defaults)
+        add("--data", help="svhn, synthetic, or FILE.npz (default: svhn; with --smoke, synthetic)")
+        add("--data-root", default="data", help="where data sets are downloaded or kept")
+        add("--limit", type=count, help="train on the first LIMIT images, validate and test on a tenth as many each")
+        add("--latents", type=count, help="channels of z, which has 8 x 8 positions")
+        precision = "of training steps (auto: bf16 where the hardware multiplies it); reported bounds are fp32"
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     if argv is None and in_notebook():
         argv = []
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.smoke:
         parser.set_defaults(**smoke)

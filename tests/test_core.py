@@ -180,6 +180,15 @@ def test_with_the_exact_posterior_every_single_sample_gives_log_p():
     assert not torch.allclose(-wide.neg_elbo, exact.truth.log_prob(x), atol=0.1)
 
 
+def test_with_the_exact_posterior_the_encoders_gradient_has_no_noise():
+    for spread, noisy in ((0.0, False), (0.5, True)):
+        exact = FullCovariance(spread)
+        exact.post_log_std.requires_grad_()
+        x = exact.truth.sample((20,))
+        exact.model()(x, Noise.fixed(torch.arange(20), 0)).neg_elbo.sum().backward()
+        assert (exact.post_log_std.grad.abs().max() > 1e-3) == noisy
+
+
 def test_every_term_of_the_image_model_is_one_number_an_example_in_nats():
     model = ImageVAE(4, StandardNormal)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -234,7 +243,8 @@ def test_gated_block_is_x_plus_a_sigmoid_b():
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
     h = block.conv2(torch.relu(block.conv1(torch.relu(x))))
     assert torch.allclose(block(x), x + h[:, :6] / (1 + torch.exp(-h[:, 6:])))
-    core.zero_init(block.conv2)
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.conv2.bias)
     assert torch.equal(block(x), x)  # a residual: with its branch at zero, the identity
 
 

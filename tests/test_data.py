@@ -215,7 +215,7 @@ def test_synthetic_images_are_reproducible_and_as_compressible_as_svhn():
 
 def test_synthetic_set_is_kept_and_read_back(tmp_path):
     made = core.load_synthetic(tmp_path, (30, 5, 5))
-    assert [len(x) for x in made] == [30, 5, 5] and (tmp_path / "synthetic.npz").exists()
+    assert [len(x) for x in made] == [30, 5, 5] and (tmp_path / "synthetic_v1.npz").exists()
     again = core.load_synthetic(tmp_path, (30, 5, 5))
     assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
     data = core.load_images(options("synthetic", tmp_path / "none", limit=20))
