@@ -755,7 +755,7 @@ def draw_curves(axes: Any, curves: dict[str, Any], floor: float | None = None) -
             margin = 0.08 * (late.max() - late.min()) + 1e-3
             ax.set_ylim(late.min() - margin, late.max() + margin)
         if floor is not None and key == "neg_elbo_bpd":
-            ax.axhline(floor, color="k", ls=":", lw=1, label="true density")
+            ax.axhline(floor, color="k", ls=":", lw=1, label="true density, test")
         ax.set(title=title, xlabel="epoch", ylabel="bits/dim")
     axes[0].legend(fontsize=8)
 

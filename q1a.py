@@ -119,9 +119,9 @@ The floor is the true density's mean −log p(x) on the same test points; no bou
 """
 
 
-def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Tensor], path: Any) -> None:
+def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Tensor], final: dict, path: Any) -> None:
     """For each model: the data, x ~ p(x|z) and mu(z) for the same z ~ p(z), with equal axes."""
-    fig, axes = plt.subplots(1, 4, figsize=(15, 4.3), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharex=True, sharey=True)
     for ax, (name, (x, mean)) in zip(axes, samples.items(), strict=True):
         for xy, label, style in (
             (points[name.split("_")[0]][: len(x)], "test data", dict(color="0.75", s=5)),
@@ -129,7 +129,8 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Te
             (mean, "µ(z), no decoder noise", dict(color="C1", s=2)),
         ):
             ax.scatter(*xy.cpu().T, label=label, linewidths=0, **style)
-        ax.set(title=name, xlabel="x₁", ylabel="x₂", aspect="equal")
+        ax.set(xlabel="x₁", ylabel="x₂", aspect="equal")
+        ax.set_title(f"{name}\n−ELBO {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     axes[0].legend(fontsize=8, markerscale=3)
     save_figure(fig, path)
 
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_curves(row, curve, final[name]["floor_bpd"])
         row[0].set_title(f"{name}: −ELBO, test {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     save_figure(fig, out / "curves.png")
-    plot_samples(samples, tests, out / "samples.png")
+    plot_samples(samples, tests, final, out / "samples.png")
     metrics = {**describe_run("q1a", args, described, params, start), "curves": curves, "final": final}
     write_results(out, metrics, write_report(metrics), state)
 
