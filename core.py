@@ -499,8 +499,8 @@ def load_npz(path: Path, seed: int) -> list[np.ndarray]:
     else:
         splits = [arrays[k] for k in SPLITS]
     for key, x in zip(SPLITS, splits, strict=True):
-        if not len(x):
-            fail(f"--data {path}: the {key} split is empty")
+        if len(x) < 2:
+            fail(f"--data {path}: the {key} split holds {len(x)} images; it needs two or more")
     return splits
 
 
@@ -650,7 +650,7 @@ def fit(model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, w
         for name, key in itertools.product(SPLITS, CURVE_KEYS):
             curves[name][key].append(bounds[name][key])
         print_epoch(f"{epoch:3d}/{args.epochs}", bounds, time.perf_counter() - start)
-        if not math.isfinite(bounds["train"]["neg_elbo_bpd"]):
+        if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
             fail(f"training diverged in epoch {epoch}: the bound is not a number; try a lower --lr", status=1)
         if bounds["valid"]["neg_elbo_bpd"] < best:
             best, best_state = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
@@ -911,7 +911,11 @@ def parse_args(
     if images:
         add("--data", help="svhn, synthetic, or FILE.npz (default: svhn; with --smoke, synthetic)")
         add("--data-root", default="data", help="where data sets are downloaded or kept")
-        add("--limit", type=count, help="train on the first LIMIT images, validate and test on a tenth as many each")
+        add(
+            "--limit",
+            type=number(int, 20, 10**9),
+            help="train on the first LIMIT images, validate and test on a tenth as many each",
+        )
         add("--latents", type=count, help="channels of z, which has 8 x 8 positions")
         precision = "of training steps (auto: bf16 where the hardware multiplies it); reported bounds are fp32"
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)

@@ -170,7 +170,7 @@ def test_offline_svhn_says_what_is_missing(tmp_path):
         ("q1a", ["--epoch", "1"], "--epoch"), ("q1a", ["--batch-size", "0"], "--batch-size"),
         ("q1a", ["--batch-size", "999999", "--smoke"], "--batch-size"), ("q1b", ["--lr", "nan"], "--lr"),
         ("q1b", ["--lr", "-1"], "--lr"), ("q1b", ["--epochs", "-1"], "--epochs"), ("q1b", ["--data", "x"], "--data"),
-        ("q2a", ["--device", "tpu"], "--device"), ("q2a", ["--device", "cuda"], "--device"),
+        ("q2a", ["--device", "tpu"], "--device"), ("q2a", ["--limit", "5"], "--limit"), ("q2a", ["--device", "cuda"], "--device"),
         ("q2a", ["--data", "nothing.npz"], "nothing.npz"), ("q2b", ["--smoke", "--out", "core.py"], "core.py"),
     ],
 )  # fmt: skip
