@@ -800,13 +800,13 @@ def interpolate(model: ImageVAE, pairs: Tensor, in_eps: bool) -> Tensor:
 
 @torch.no_grad()
 def plot_image_model(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
-    """samples.png, reconstructions.png and interpolations.png of an image VAE: fixed noise, the first test images."""
+    """samples.png, reconstructions.png and interpolations.png of an image VAE: fixed noise, fixed test images."""
     model.eval()
     few = torch.arange(100, device=test.device)
     x, mean = model.sample(Noise.fixed(few, seed=1))
     panels = {"x ~ p(x|z)": quantise(x), "µ(z), the decoder's mean": quantise(mean)}
     plot_tiles(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
-    shown = test[:10]
+    shown = test[torch.linspace(0, len(test) - 1, min(10, len(test))).long()]  # spread: neighbours may look alike
     z = model.to_z(shown)
     mu, log_std = model.decoder(z)
     drawn = quantise(mu + torch.exp(log_std) * Noise.fixed(few[: len(shown)], seed=2).normal(*mu.shape[1:]))

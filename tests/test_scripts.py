@@ -170,8 +170,9 @@ def test_offline_svhn_says_what_is_missing(tmp_path):
         ("q1a", ["--epoch", "1"], "--epoch"), ("q1a", ["--batch-size", "0"], "--batch-size"),
         ("q1a", ["--batch-size", "999999", "--smoke"], "--batch-size"), ("q1b", ["--lr", "nan"], "--lr"),
         ("q1b", ["--lr", "-1"], "--lr"), ("q1b", ["--epochs", "-1"], "--epochs"), ("q1b", ["--data", "x"], "--data"),
-        ("q2a", ["--device", "tpu"], "--device"), ("q2a", ["--limit", "5"], "--limit"), ("q2a", ["--device", "cuda"], "--device"),
-        ("q2a", ["--data", "nothing.npz"], "nothing.npz"), ("q2b", ["--smoke", "--out", "core.py"], "core.py"),
+        ("q2a", ["--device", "tpu"], "--device"), ("q2a", ["--device", "cuda"], "--device"),
+        ("q2a", ["--limit", "5"], "--limit"), ("q2a", ["--data", "nothing.npz"], "nothing.npz"),
+        ("q2b", ["--smoke", "--out", "core.py"], "core.py"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_status_2(script, flags, culprit, tmp_path, capsys):
@@ -221,3 +222,28 @@ def test_every_command_in_the_readme_parses(monkeypatch):
         core.parse_args(script, shlex.split(flags), {}, {}, images=script.startswith("q2"))
     with pytest.raises(SystemExit):
         core.parse_args("q2b", ["--epoch", "1"], {}, {}, images=True)
+
+
+def readme_rows():
+    """The rows of the README's results table, from results/published."""
+    for path, models in (("q1a", lambda f: f), ("q1b", lambda f: {k: v["test"] for k, v in f.items()})):
+        metrics = results(ROOT / "results" / "published", path)
+        for name, bound in models(metrics["final"]).items():
+            yield row(metrics, f"{path[1:].upper()}, {name.replace('_', ', ')}", bound, f"{bound['floor_bpd']:.4f}")
+    for path in ("q2a", "q2b"):
+        metrics = results(ROOT / "results" / "published", path)
+        yield row(metrics, f"{path[1:]}, {metrics['data']['name']}", metrics["final"]["test"], "unknown")
+
+
+def row(metrics, what, bound, floor):
+    epochs = metrics["args"]["epochs"]
+    return (
+        f"| {what} | {bound['neg_elbo_bpd']:.4f} ± {bound['neg_elbo_se_bpd']:.4f} | {bound['kl_bpd']:.4f} "
+        f"| {bound['recon_bpd']:.4f} | {floor} | {epochs} | {metrics['seconds']:.0f} |"
+    )
+
+
+def test_results_table_of_the_readme_is_the_published_results():
+    readme = (ROOT / "README.md").read_text()
+    for line in readme_rows():
+        assert line in readme, f"README.md lacks the row {line}"
