@@ -41,8 +41,8 @@ LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0
 PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128 - 1 lies in [-1, 1]
 SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
-IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16)  # of question 2
-IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4)
+IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")  # of question 2
+IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
 
 
@@ -61,9 +61,9 @@ class Terms(NamedTuple):
 class Noise:
     """Standard noise for a batch, one call a tensor: fresh from torch's generator, or fixed.
 
-    With `examples` (int64 [B], each example's place in its set) the noise is a pure function of seed, example, call and
-    element, so that an evaluation depends neither on the batch size, nor on the order, nor on the device. The function
-    is the output mixer of SplitMix64 (Steele, Lea & Flood 2014, OOPSLA), applied to a counter.
+    With `examples` (int64 [B], each example's place in its split) the noise is a pure function of seed, place, call and
+    element, so that an evaluation does not depend on its batches, and on the device by rounding only. The function is
+    the output mixer of SplitMix64 (Steele, Lea & Flood 2014, OOPSLA), applied to a counter.
     """
 
     def __init__(self, batch: int, device: torch.device, seed: int = 0, examples: Tensor | None = None):
@@ -84,9 +84,9 @@ class Noise:
         """eps ~ N(0, 1), [B, *shape]; where fixed, the inverse normal CDF of a uniform, so at most 5.4 in size."""
         if self.examples is None:
             return torch.randn(self.batch, *shape, device=self.device)
-        wide = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
-        u = ((self._bits(shape).to(wide) + 0.5) / 2**24).clamp(max=1 - 2**-24)
-        return torch.special.ndtri(u).float()
+        bits = self._bits(shape)
+        bits = bits.cpu() if self.device.type == "mps" else bits  # which has neither float64 nor ndtri
+        return torch.special.ndtri((bits.double() + 0.5) / 2**24).float().to(self.device)
 
     def _bits(self, shape: tuple[int, ...]) -> Tensor:
         """24 random bits an element, int64 [B, *shape]: a hash of seed, then call, then example, then element."""
@@ -122,7 +122,7 @@ def bounded_log_std(raw: Tensor) -> Tensor:
     """A smooth, increasing map of the reals onto (-7, 3) with f(0) = 0 and f'(0) = 1; elementwise.
 
     Each half is a scaled tanh, b tanh(raw / b) with b the bound on its side. (The handout's plain tanh bounds a log
-    std by -1 and 1. For pixels in [-1, 1] that is a std of 47 grey levels or more, and at best 7.6 bits/dim.)
+    std by -1 and 1. For pixels in [-1, 1] that is a std of 47 grey levels or more: 6.9 bits/dim with a perfect mean.)
     """
     high, low = LOG_STD_HIGH * torch.tanh(raw / LOG_STD_HIGH), LOG_STD_LOW * torch.tanh(raw / LOG_STD_LOW)
     return torch.where(raw > 0, high, low)
@@ -138,22 +138,23 @@ def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
 
 
 class StandardNormal(nn.Module):
-    """The prior p(z) = N(0, I) over latents of a given shape."""
+    """The prior p(z) = N(0, I) over latents of a given shape, and the base of priors that transport it: z = f(eps)."""
 
     def __init__(self, latent_shape: tuple[int, ...]):
         super().__init__()
         self.latent_shape = latent_shape
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; 0, I). z [B, *latent_shape] -> [B], nats."""
-        return normal_log_prob(z, torch.zeros_like(z), torch.zeros_like(z))
+        """log p(z) = log N(eps; 0, I) + log |det d eps / d z|. z [B, *latent_shape] -> [B], nats."""
+        eps, log_det = self.z_to_eps(z)
+        return normal_log_prob(eps, torch.zeros_like(eps), torch.zeros_like(eps)) + log_det
 
     def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The identity, beside its log |det d eps / d z| = 0: (eps [B, *latent_shape], log_det [B])."""
+        """Here the identity: eps [B, *latent_shape], and its log |det d eps / d z| = 0, [B]."""
         return z, z.new_zeros(len(z))
 
     def eps_to_z(self, eps: Tensor) -> Tensor:
-        """The identity: a standard normal needs no transport. [B, *latent_shape]."""
+        """Here the identity. [B, *latent_shape] -> the same."""
         return eps
 
     def sample(self, noise: Noise) -> Tensor:
@@ -184,7 +185,7 @@ def dequantise(levels: Tensor, u: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor) -> Tensor:
-    """The grey level in whose bin x lies, the inverse of `dequantise` for every u: float [...] -> uint8 [...]."""
+    """The grey level in whose bin x lies: inverts `dequantise` for u <= 1 - 2**-16. float [...] -> uint8 [...]."""
     return ((x + 1) * PIXEL_SCALE).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -200,23 +201,24 @@ def levels_log_prob(log_p_x: Tensor, num_dims: int) -> Tensor:
 class VAE(nn.Module):
     """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)), and p(z), an object that can be swapped.
 
-    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x; prior: `log_prob`, `sample`, `z_to_eps` and
-    `eps_to_z` over latents of `latent_shape`. Kingma & Welling 2014 (arXiv:1312.6114).
+    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x; prior: `log_prob` and `sample`.
+    Kingma & Welling 2014 (arXiv:1312.6114).
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, latent_shape: tuple[int, ...]):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: StandardNormal):
         super().__init__()
-        self.encoder, self.decoder, self.prior, self.latent_shape = encoder, decoder, prior, latent_shape
+        self.encoder, self.decoder, self.prior = encoder, decoder, prior
 
     def forward(self, x: Tensor, noise: Noise) -> Terms:
         """One sample of both terms, z = mu + std eps. x [B, ...] -> Terms of [B], nats.
 
         The KL is log q(z|x) - log p(z) at that same z, for every prior. Where q(z|x) is the true posterior, recon + kl
         is then -log p(x) exactly, whatever the noise; and as log q(z|x) is differentiated through z alone (its other
-        derivative has mean zero), so is its gradient free of noise there (Roeder et al. 2017, arXiv:1703.09194).
+        derivative has mean zero), the encoder's gradient has no noise there either (Roeder et al. 2017,
+        arXiv:1703.09194).
         """
         mu, log_std = self.encoder(x)
-        z = mu + torch.exp(log_std) * noise.normal(*self.latent_shape)
+        z = mu + torch.exp(log_std) * noise.normal(*self.prior.latent_shape)
         kl = normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
         return Terms(recon=-normal_log_prob(x, *self.decoder(z)), kl=kl)
 
@@ -229,10 +231,11 @@ class VAE(nn.Module):
 class ImageVAE(VAE):
     """The VAE of question 2: 8-bit images in, dequantised with the noise, and a bound on their log-probability out."""
 
-    def __init__(self, latent_channels: int, prior: Callable[[tuple[int, ...]], Any]):
-        latent_shape = (latent_channels, 8, 8)
+    def __init__(self, latent_channels: int, make_prior: Callable[[tuple[int, ...]], StandardNormal]):
         encoder, decoder = ConvEncoder(latent_channels), ConvDecoder(latent_channels)
-        super().__init__(encoder, decoder, prior(latent_shape), latent_shape)  # the prior last: same weights before it
+        with torch.random.fork_rng(devices=[]):  # whatever the prior draws: the same networks, batches and noise
+            prior = make_prior((latent_channels, 8, 8))
+        super().__init__(encoder, decoder, prior)
 
     def forward(self, levels: Tensor, noise: Noise) -> Terms:
         """levels uint8 [B, 3, 32, 32] -> Terms of [B], nats, whose sum bounds -log P(levels) from above."""
@@ -370,7 +373,7 @@ class MaskedResidual(nn.Module):
         return x + self.conv(F.relu(x))
 
 
-class FlowPrior(nn.Module):
+class FlowPrior(StandardNormal):
     """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i.
 
     i runs over the positions in raster order; all channels of a position move at once. s and t come from a shallow
@@ -379,8 +382,7 @@ class FlowPrior(nn.Module):
     """
 
     def __init__(self, latent_shape: tuple[int, ...], width: int = 128):
-        super().__init__()
-        self.latent_shape = latent_shape
+        super().__init__(latent_shape)
         channels = latent_shape[0]
         self.net = nn.Sequential(
             MaskedConv2d("A", channels, width, 3), *[MaskedResidual(width) for _ in range(3)], nn.ReLU(),
@@ -411,15 +413,6 @@ class FlowPrior(nn.Module):
                 t, s = self.shift_and_scale(z)
                 z[:, :, i, j] = t[:, :, i, j] + torch.exp(s[:, :, i, j]) * eps[:, :, i, j]
         return z
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) = log N(eps; 0, I) + log |det d eps / d z|. z [B, C, H, W] -> [B], nats."""
-        eps, log_det = self.z_to_eps(z)
-        return normal_log_prob(eps, torch.zeros_like(eps), torch.zeros_like(eps)) + log_det
-
-    def sample(self, noise: Noise) -> Tensor:
-        """z ~ p(z), [B, C, H, W]."""
-        return self.eps_to_z(noise.normal(*self.latent_shape))
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -533,9 +526,9 @@ def digit_atlas(size: int = 64) -> Tensor:
 
 
 def synthetic_images(n: int, seed: int = 0) -> np.ndarray:
-    """n synthetic house-number crops, uint8 [n, 32, 32, 3], a pure function of n and seed on one machine."""
+    """The first n of a stream of synthetic house-number crops, uint8 [n, 32, 32, 3], set by the seed."""
     generator, atlas = torch.Generator().manual_seed(seed), digit_atlas()
-    return np.concatenate([_synthetic_batch(min(1024, n - i), atlas, generator) for i in range(0, n, 1024)])
+    return np.concatenate([_synthetic_batch(1024, atlas, generator) for _ in range(0, n, 1024)])[:n]
 
 
 def _synthetic_batch(n: int, atlas: Tensor, generator: torch.Generator) -> np.ndarray:
@@ -612,6 +605,11 @@ def one_cycle(step: int, total: int) -> float:
     return t / 0.1 if t < 0.1 else 0.5 * (1 + math.cos(math.pi * (t - 0.1) / 0.9))
 
 
+def kl_weight(done: float, warmup: float) -> float:
+    """The KL's weight in training: from 0 to 1 over the fraction `warmup` of training, then 1. No warm-up: always 1."""
+    return min(1.0, done / warmup) if warmup else 1.0
+
+
 def fit(model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, warmup: float = 0.0) -> dict[str, Any]:
     """Minimise the mean negative ELBO in bits/dim on splits["train"] with Adam; return curves, leave the best weights.
 
@@ -631,7 +629,7 @@ def fit(model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, w
     def step(x: Tensor, done: float) -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             recon, kl = model(x, Noise(len(x), x.device))
-            loss = bits_per_dim((recon + min(1.0, done / warmup if warmup else 1.0) * kl).mean(), num_dims)
+            loss = bits_per_dim((recon + kl_weight(done, warmup) * kl).mean(), num_dims)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -673,18 +671,20 @@ def print_epoch(epoch: str, bounds: dict[str, dict[str, float]], seconds: float)
     """One line an epoch, in fixed columns."""
     values = "  ".join(f"{name} {bounds[name]['neg_elbo_bpd']:7.4f}" for name in SPLITS)
     terms = f"(valid: KL {bounds['valid']['kl_bpd']:.4f} + decoder {bounds['valid']['recon_bpd']:.4f})"
-    print(f"epoch {epoch}  −ELBO bits/dim: {values}  {terms}  {seconds:6.0f} s", flush=True)
+    print(f"epoch {epoch}  -ELBO bits/dim: {values}  {terms}  {seconds:6.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- results and plots
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made where it is missing; a clear message where it cannot be."""
+    """The folder, made where it is missing; a clear message where it cannot be made or written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / ".writable", lambda file: None)
+        (path / ".writable").unlink()
     except OSError as error:
-        fail(f"cannot make the folder {path}: {error.strerror}; choose another with --out or --data-root")
+        fail(f"cannot write into the folder {path}: {error.strerror}; choose another with --out or --data-root")
     return path
 
 
@@ -748,10 +748,17 @@ def draw_curves(axes: Any, curves: dict[str, Any], floor: float | None = None) -
     styles = dict(zip(SPLITS, (thin, bold, dashed), strict=True))
     for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
         for split, style in styles.items():
-            ax.plot(curves["epoch"], curves[split][key], label=split, **style)
+            ax.plot(
+                curves["epoch"],
+                curves[split][key],
+                label=split,
+                marker="." if len(curves["epoch"]) < 5 else "",
+                **style,
+            )
         values = np.array([curves[split][key] for split in styles])
         if values.shape[1] > 2:  # the first epochs would flatten the rest
             late = values[:, max(1, values.shape[1] // 10) :]
+            late = np.append(late, floor) if floor is not None and key == "neg_elbo_bpd" else late
             margin = 0.08 * (late.max() - late.min()) + 1e-3
             ax.set_ylim(late.min() - margin, late.max() + margin)
         if floor is not None and key == "neg_elbo_bpd":
@@ -814,7 +821,7 @@ def plot_image_model(model: ImageVAE, test: Tensor, title: str, out: Path) -> No
     plot_tiles(panels, len(shown), title, out / "reconstructions.png", stacked=True)
     pairs = shown[: len(shown) // 2 * 2].unflatten(0, (-1, 2))
     panels = {"straight in z": interpolate(model, pairs, in_eps=False)}
-    if not isinstance(model.prior, StandardNormal):  # whose z is its eps
+    if isinstance(model.prior, FlowPrior):
         panels["straight in ε, the flow's noise"] = interpolate(model, pairs, in_eps=True)
     title += "\ninterpolations, true test images at the ends"
     plot_tiles(panels, 12, title, out / "interpolations.png", stacked=True)
@@ -842,8 +849,9 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 {rows}
 
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z and of the dequantisation
-noise an image, ± one standard error over images. Train is a fixed subset no larger than validation; so is test in the
-curves, and all of it here. The weights are those of epoch {curves["best_epoch"]}, the best on validation.
+noise an image, ± one standard error over images. Train is a fixed subset no larger than validation. The curves' test is
+such a subset too; the table's is all of it. The first epochs lie above the axes where they would flatten the rest. The
+weights are those of epoch {curves["best_epoch"]}, the best on validation.
 
 ## 2. Samples
 
@@ -909,7 +917,7 @@ def parse_args(
     add("--out", default="results", help=f"results go to OUT/{script}")
     add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
     if images:
-        add("--data", help="svhn, synthetic, or FILE.npz (default: svhn; with --smoke, synthetic)")
+        add("--data", help="svhn, synthetic, or FILE.npz; with --smoke, synthetic unless given")
         add("--data-root", default="data", help="where data sets are downloaded or kept")
         add(
             "--limit",
@@ -928,8 +936,6 @@ def parse_args(
         args = parser.parse_args(argv)
     args.device = choose_device(args.device)
     args.precision = choose_precision(args.precision, args.device) if images else "fp32"
-    if images and args.data is None:
-        args.data = "synthetic" if args.smoke else "svhn"
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items()))
     return args, make_folder(Path(args.out) / ("smoke" if args.smoke else "") / script)
 
@@ -937,6 +943,7 @@ def parse_args(
 def choose_device(name: str) -> str:
     """--device, with auto resolved to the fastest device present; a clear message where the named one is absent."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32: cuDNN's default for convolutions is TF32
     if name == "auto":
         return next(device for device, here in present.items() if here)
     if not present[name]:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     params = sum(p.numel() for p in model.parameters())
     metrics = {**describe_run("q2a", args, data.describe(), params, start), "curves": curves, "final": final}
     report = image_report("2a: a convolutional VAE with a standard normal prior", metrics)
-    write_results(out, metrics, report, model.state_dict())
+    write_results(out, metrics, report, model.cpu().state_dict())
 
 
 if __name__ == "__main__" and not in_notebook():

@@ -50,7 +50,7 @@ class FullCovariance(nn.Module):
         def decoder(z):
             return z @ self.w.T, torch.full((len(z), 1), math.log(self.sigma), dtype=z.dtype)
 
-        return VAE(Call(encoder), Call(decoder), StandardNormal((2,)), (2,))
+        return VAE(Call(encoder), Call(decoder), StandardNormal((2,)))
 
 
 class Call(nn.Module):
@@ -94,7 +94,8 @@ def test_standard_normal_is_n01_and_its_kl_to_itself_is_zero():
     prior = StandardNormal((3, 2))
     expected = Independent(Normal(torch.zeros(3, 2).double(), torch.ones(3, 2).double()), 2).log_prob(z)
     assert torch.allclose(prior.log_prob(z), expected, rtol=1e-12)
-    assert torch.equal(normal_log_prob(z, torch.zeros_like(z), torch.zeros_like(z)) - prior.log_prob(z), z.new_zeros(7))
+    wrong = normal_log_prob(z, torch.zeros_like(z), torch.full_like(z, 0.5))  # control: log-variance 1 where 0 is meant
+    assert not torch.allclose(wrong, expected, rtol=0.01)
     samples = prior.sample(Noise.fixed(torch.arange(20_000), 3))
     assert samples.mean().abs() < 0.02 and (samples.var() - 1).abs() < 0.02
 
@@ -102,7 +103,7 @@ def test_standard_normal_is_n01_and_its_kl_to_itself_is_zero():
 def test_sampled_kl_agrees_with_the_closed_form():
     mu, log_std = torch.tensor([0.5, -1.0]), torch.tensor([-0.7, 0.3])
     model = VAE(Call(lambda x: (mu.expand(len(x), 2), log_std.expand(len(x), 2))),
-                Call(lambda z: (z, torch.zeros_like(z))), StandardNormal((2,)), (2,))  # fmt: skip
+                Call(lambda z: (z, torch.zeros_like(z))), StandardNormal((2,)))  # fmt: skip
     kl = evaluate(model, torch.zeros(50_000, 2)).kl
     exact = kl_divergence(Normal(mu, log_std.exp()), Normal(0.0, 1.0)).sum().item()
     se = kl.std().item() / math.sqrt(len(kl))
@@ -142,7 +143,7 @@ def test_bits_per_dim_of_vdvaes_example():
 def test_quantise_inverts_dequantise_for_every_level_and_u():
     levels = torch.arange(256).repeat(200, 1)
     u = torch.rand(levels.shape)
-    u[0], u[1] = 0, 1 - 2**-8
+    u[0], u[1] = 0, 1 - 2**-16
     x = dequantise(levels, u)
     assert torch.equal(quantise(x).long(), levels) and x.min() >= -1 and x.max() <= 1
     assert not torch.equal(((x + 1) * 128).round().clamp(0, 255).long(), levels)  # control: rounding is not the inverse
@@ -289,7 +290,7 @@ def sees(function, channels, height, position):
     return torch.autograd.grad(output, x)[0].abs().sum((0, 1)).flatten() > 0
 
 
-def test_flow_sees_all_of_the_past_in_reach_and_nothing_else():
+def test_flow_sees_its_past_neighbours_and_never_the_future():
     flow = trained_flow(height=5)
     for position in range(25):
         seen = sees(lambda z: torch.cat(flow.shift_and_scale(z), 1), 2, 5, position)
@@ -354,11 +355,12 @@ def test_flow_density_integrates_to_one_and_samples_follow_it():
     assert abs(at_samples.mean().item() - neg_entropy) < 4 * se < 0.05
 
 
-def test_2b_starts_exactly_where_2a_does():
+def test_2b_starts_exactly_where_2a_does_and_sees_the_same_batches():
     torch.manual_seed(0)
-    a = ImageVAE(4, StandardNormal)
+    a, next_of_a = ImageVAE(4, StandardNormal), torch.randperm(1000)
     torch.manual_seed(0)
-    b = ImageVAE(4, FlowPrior)
+    b, next_of_b = ImageVAE(4, FlowPrior), torch.randperm(1000)
+    assert torch.equal(next_of_a, next_of_b)
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     terms_a, terms_b = (evaluate(m, images) for m in (a, b))
@@ -374,7 +376,7 @@ def small_images(n=37):
     return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
 
 
-def test_evaluation_counts_every_example_once_whatever_the_batch_size_and_order():
+def test_evaluation_counts_every_example_once_whatever_the_batch_size():
     torch.manual_seed(2)
     model, images = ImageVAE(4, FlowPrior), small_images(11)
     results = [evaluate(model, images, batch_size=b) for b in (11, 4, 1)]
@@ -398,7 +400,7 @@ def point_splits():
 
 def point_model():
     torch.manual_seed(0)
-    return VAE(core.GaussianMLP((16,), nn.SiLU), core.GaussianMLP((16,), nn.SiLU), StandardNormal((2,)), (2,))
+    return VAE(core.GaussianMLP((16,), nn.SiLU), core.GaussianMLP((16,), nn.SiLU), StandardNormal((2,)))
 
 
 def test_fit_learns_reports_weight_one_and_keeps_the_best_validation_epoch():
@@ -427,6 +429,11 @@ def test_fit_of_zero_epochs_changes_nothing():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     curves = fit(model, point_splits(), arguments(epochs=0))
     assert curves["epoch"] == [0] and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_kl_weight_ramps_up_and_stays_at_one():
+    assert [core.kl_weight(done, 0.2) for done in (0, 0.1, 0.2, 0.9)] == [0, 0.5, 1, 1]
+    assert core.kl_weight(0, 0.0) == 1
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_zero():

@@ -37,14 +37,14 @@ def smoke(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     outputs = {}
     for script in SCRIPTS:
-        done = run(f"{script}.py", "--smoke", "--out", out)
+        done = run(f"{script}.py", "--smoke", "--device", "cpu", "--out", out)
         assert done.returncode == 0, done.stderr
         outputs[script] = done.stdout
     return out / "smoke", outputs
 
 
 def results(folder, script):
-    return json.loads((folder / script / "metrics.json").read_text())
+    return json.loads((folder / script / "metrics.json").read_text("utf-8"))
 
 
 def numbers(value):
@@ -65,7 +65,7 @@ def test_smoke_run_leaves_all_its_files(smoke, script):
     first, *rest = outputs[script].splitlines()
     assert first.startswith(script) and "--device cpu" in first and "--seed 0" in first
     assert sum(line.startswith("epoch") for line in rest) >= 2
-    report = (folder / script / "report.md").read_text()
+    report = (folder / script / "report.md").read_text("utf-8")
     assert {match for match in re.findall(r"\((\w+)\.png\)", report)} == FIGURES[script]
 
 
@@ -116,11 +116,11 @@ def test_metrics_of_question_2(smoke, script):
         for key in core.CURVE_KEYS:
             assert len(metrics["curves"][split][key]) == len(metrics["curves"]["epoch"])
             assert metrics["curves"][split][key][best] == pytest.approx(metrics["final"][split][key], abs=1e-5)
-    assert "synthetic" in (smoke[0] / script / "report.md").read_text()
+    assert "synthetic" in (smoke[0] / script / "report.md").read_text("utf-8")
 
 
 def test_2b_report_compares_with_2a_of_the_same_arguments_only(smoke, tmp_path):
-    assert "difference |" in (smoke[0] / "q2b" / "report.md").read_text()
+    assert "difference |" in (smoke[0] / "q2b" / "report.md").read_text("utf-8")
     a, b = (results(smoke[0], script) for script in ("q2a", "q2b"))
     for key in core.CURVE_KEYS:  # both start at the same bound
         assert a["curves"]["test"][key][0] == pytest.approx(b["curves"]["test"][key][0], abs=1e-6)
@@ -130,13 +130,17 @@ def test_2b_report_compares_with_2a_of_the_same_arguments_only(smoke, tmp_path):
     assert "another lr: not compared" in q2b.comparison(b, tmp_path / "metrics.json")
     (tmp_path / "metrics.json").write_text(json.dumps({**a, "data": {}}))
     assert "another data: not compared" in q2b.comparison(b, tmp_path / "metrics.json")
-    assert "no results of 2a" in q2b.comparison(b, tmp_path / "absent.json")
+    (tmp_path / "metrics.json").write_text("{}")
+    for path in ("absent.json", "metrics.json"):
+        assert "no results of 2a" in q2b.comparison(b, tmp_path / path)
 
 
 @pytest.mark.parametrize("script", ("q1a", "q2b"))
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(smoke, tmp_path, script):
     for name, seed in (("same", 0), ("other", 1)):
-        assert run(f"{script}.py", "--smoke", "--seed", seed, "--out", tmp_path / name).returncode == 0
+        assert (
+            run(f"{script}.py", "--smoke", "--device", "cpu", "--seed", seed, "--out", tmp_path / name).returncode == 0
+        )
     first = results(smoke[0], script)
     assert results(tmp_path / "same" / "smoke", script)["final"] == first["final"]
     assert results(tmp_path / "same" / "smoke", script)["curves"] == first["curves"]
@@ -148,7 +152,11 @@ def test_checkpoint_loads_safely_and_gives_the_reported_bound(smoke):
     model = core.ImageVAE(checkpoint["args"]["latents"], core.FlowPrior)
     model.load_state_dict(checkpoint["state"])
     args = core.parse_args(
-        "q2b", ["--smoke", "--out", str(smoke[0].parent)], core.IMAGE_DEFAULTS, core.IMAGE_SMOKE, True
+        "q2b",
+        ["--smoke", "--device", "cpu", "--out", str(smoke[0].parent)],
+        core.IMAGE_DEFAULTS,
+        core.IMAGE_SMOKE,
+        True,
     )[0]
     bound = core.evaluate_splits(model, core.load_images(args).splits)["test"]
     assert bound["neg_elbo_bpd"] == pytest.approx(results(smoke[0], "q2b")["final"]["test"]["neg_elbo_bpd"], abs=1e-5)
@@ -197,7 +205,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         core.write_whole(path, write)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text("utf-8") == "old" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -205,7 +213,7 @@ def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "/x/kernel.json"])
     monkeypatch.chdir(tmp_path)
     cell = {"__name__": "__main__"}  # no __file__, as in a notebook
-    exec(compile((ROOT / f"{script}.py").read_text(), "<cell>", "exec"), cell)
+    exec(compile((ROOT / f"{script}.py").read_text("utf-8"), "<cell>", "exec"), cell)
     assert not list(tmp_path.iterdir())  # pasting starts nothing
     if script == "q1a":
         cell["main"](["--smoke"])
@@ -216,10 +224,11 @@ def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkey
 
 def test_every_command_in_the_readme_parses(monkeypatch):
     monkeypatch.setattr(core, "make_folder", lambda path: path)
-    commands = re.findall(r"python (q\w+)\.py([^`\n#&|]*)", (ROOT / "README.md").read_text())
+    commands = re.findall(r"python (q\w+)\.py([^`\n#&|]*)", (ROOT / "README.md").read_text("utf-8"))
     assert {script for script, _ in commands} >= set(SCRIPTS)
     for script, flags in commands:
-        core.parse_args(script, shlex.split(flags), {}, {}, images=script.startswith("q2"))
+        flags = [] if "…" in flags else shlex.split(flags)
+        core.parse_args(script, flags, {}, {}, images=script.startswith("q2"))
     with pytest.raises(SystemExit):
         core.parse_args("q2b", ["--epoch", "1"], {}, {}, images=True)
 
@@ -244,6 +253,6 @@ def row(metrics, what, bound, floor):
 
 
 def test_results_table_of_the_readme_is_the_published_results():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text("utf-8")
     for line in readme_rows():
         assert line in readme, f"README.md lacks the row {line}"
