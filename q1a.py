@@ -92,10 +92,10 @@ def answer(name: str, final: dict[str, float]) -> str:
             "the decoder's noise cannot have the shape of the data; at the floor, a code has to make up the difference"
         )
     return (
-        f"- `{name}` **{used}**: the KL, which bounds from above what z tells about x, is {kl:.3f} bits/dim. A "
-        f"linear fit on z explains {final['long_axis_r2']:.1%} of the variance along the long axis (std "
-        f"{STD.max():g}) and {final['short_axis_r2']:.1%} along the short one (std {STD.min():g}). Least KL at the "
-        f"floor: {least:.3f}, as {why}. This run is {gap:+.4f} ± {final['neg_elbo_minus_floor_se_bpd']:.4f} from the floor."
+        f"- `{name}` **{used}**: the KL, which bounds from above what z tells about x, is {kl:.3f} bits/dim. A linear fit "
+        f"on z explains {final['long_axis_r2']:.1%} of the variance along the data's long axis (std {STD.max():g}) and "
+        f"{final['short_axis_r2']:.1%} along the short one (std {STD.min():g}). Least KL at the floor: {least:.3f}, as "
+        f"{why}. This run is {gap:+.4f} ± {final['neg_elbo_minus_floor_se_bpd']:.4f} from the floor."
     )
 
 
