@@ -61,7 +61,7 @@ def test_smoke_run_leaves_all_its_files(smoke, script):
     folder, outputs = smoke
     names = {path.name for path in (folder / script).iterdir()}
     assert names == {"metrics.json", "report.md", "checkpoint.pt"} | {f"{name}.png" for name in FIGURES[script]}
-    assert all(path.stat().st_size < 400_000 for path in (folder / script).glob("*.png"))
+    assert all(path.stat().st_size < 700_000 for path in (folder / script).glob("*.png"))
     first, *rest = outputs[script].splitlines()
     assert first.startswith(script) and "--device cpu" in first and "--seed 0" in first
     assert sum(line.startswith("epoch") for line in rest) >= 2
@@ -120,7 +120,7 @@ def test_metrics_of_question_2(smoke, script):
 
 
 def test_2b_report_compares_with_2a_of_the_same_arguments_only(smoke, tmp_path):
-    assert "difference |" in (smoke[0] / "q2b" / "report.md").read_text("utf-8")
+    assert "2b − 2a" in (smoke[0] / "q2b" / "report.md").read_text("utf-8")
     a, b = (results(smoke[0], script) for script in ("q2a", "q2b"))
     for key in core.CURVE_KEYS:  # both start at the same bound
         assert a["curves"]["test"][key][0] == pytest.approx(b["curves"]["test"][key][0], abs=1e-6)
