@@ -43,6 +43,7 @@ SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
 IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")  # of question 2
 IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
+DPI = 130  # of every figure
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
 
 
@@ -735,8 +736,9 @@ def cpu_name() -> str:
 
 def save_figure(fig: Any, path: Path) -> None:
     """Write the figure as a PNG and close it; in a notebook, show it too."""
-    fig.tight_layout()
-    write_whole(path, lambda file: fig.savefig(file, format="png", dpi=130))
+    if fig.axes[0].get_subplotspec():  # not for axes that were placed by hand
+        fig.tight_layout()
+    write_whole(path, lambda file: fig.savefig(file, format="png", dpi=DPI))
     if in_notebook():
         plt.show()
     plt.close(fig)
@@ -776,16 +778,20 @@ def plot_curves(curves: dict[str, Any], title: str, path: Path) -> None:
 
 
 def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
-    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked."""
-    shape = (len(panels), 1) if stacked else (1, len(panels))
-    rows = len(next(iter(panels.values()))) // columns
-    size = (0.62 * columns * shape[1] + 0.4, 0.62 * rows * shape[0] + 0.4 * shape[0] + 0.6)
-    fig, axes = plt.subplots(*shape, figsize=size, squeeze=False)
-    for ax, (name, images) in zip(axes.flat, panels.items(), strict=True):
-        ax.imshow(make_grid(images.cpu(), columns, padding=2, pad_value=255).permute(1, 2, 0), interpolation="nearest")
-        ax.set_title(name, fontsize=10)
+    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked, two screen pixels a pixel."""
+    grids = {name: make_grid(x.cpu(), columns, padding=2, pad_value=255) for name, x in panels.items()}
+    h, w = (2 * n for n in next(iter(grids.values())).shape[1:])
+    down, across = (len(grids), 1) if stacked else (1, len(grids))
+    width, height = across * (w + 20) + 20, down * (h + 35) + 75
+    fig = plt.figure(figsize=(width / DPI, height / DPI))
+    for i, (name, grid) in enumerate(grids.items()):
+        row, column = (i, 0) if stacked else (0, i)
+        corner = (20 + column * (w + 20)) / width, (20 + (down - 1 - row) * (h + 35)) / height
+        ax = fig.add_axes((*corner, w / width, h / height))
+        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest", aspect="auto")
+        ax.set_title(name, fontsize=9)
         ax.axis("off")
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(title, fontsize=10, y=1 - 8 / height)
     save_figure(fig, path)
 
 

@@ -91,11 +91,12 @@ def answer(name: str, final: dict[str, float]) -> str:
         why = (
             "the decoder's noise cannot have the shape of the data; at the floor, a code has to make up the difference"
         )
+    shares = f"{final['long_axis_r2']:.1%} of the variance along the data's long axis (std {STD.max():g}) and "
+    shares += f"{final['short_axis_r2']:.1%} along the short one (std {STD.min():g})"
     return (
-        f"- `{name}` **{used}**: the KL, which bounds from above what z tells about x, is {kl:.3f} bits/dim. A linear fit "
-        f"on z explains {final['long_axis_r2']:.1%} of the variance along the long axis (std {STD.max():g}) and "
-        f"{final['short_axis_r2']:.1%} along the short one (std {STD.min():g}). Least KL at the floor: {least:.3f}, as "
-        f"{why}. This run is {gap:+.4f} ± {final['neg_elbo_minus_floor_se_bpd']:.4f} from the floor."
+        f"- `{name}` **{used}**: the KL, which bounds from above what z tells about x, is {kl:.3f} bits/dim. "
+        f"A linear fit on z explains {shares}. Least KL at the floor: {least:.3f}, as {why}. "
+        f"This run is {gap:+.4f} ± {final['neg_elbo_minus_floor_se_bpd']:.4f} from the floor."
     )
 
 
