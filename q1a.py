@@ -62,7 +62,7 @@ def least_kl(covariance: np.ndarray, decoder: str) -> float:
     else:
         d1 = np.linspace(0, a - b**2 / c, 100_001)
         det_noise = (d1 * (c - b**2 / (a - d1))).max()
-    return 0.5 * math.log(np.linalg.det(covariance) / det_noise)
+    return max(0.0, 0.5 * math.log(np.linalg.det(covariance) / det_noise))
 
 
 @torch.no_grad()
