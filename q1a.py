@@ -27,7 +27,7 @@ STD = np.array([5.0, 1.0])
 TURN = {"data1": np.eye(2), "data2": np.array([[1, 1], [-1, 1]]) * math.sqrt(2) / 2}  # x = mean + (randn * std) @ turn
 DECODERS = {"diagonal": 2, "isotropic": 1}  # how many log stds the decoder has
 HIDDEN = (64, 64)
-DEFAULTS = dict(epochs=10, batch_size=500, lr=3e-3)
+DEFAULTS = dict(epochs=10, batch_size=500, lr=1e-2)
 SMOKE = dict(epochs=2)
 
 
