@@ -257,16 +257,21 @@ class ImageVAE(VAE):
 
 
 class GaussianMLP(nn.Module):
-    """An MLP from the plane to a normal in the plane: [B, 2] -> mu [B, 2], bounded log_std [B, 2 or 1]. Question 1."""
+    """An MLP from the plane to a normal in the plane: x [B, 2] -> mu [B, 2], bounded log_std [B, 2 or 1]..
 
-    def __init__(self, hidden: tuple[int, ...], activation: Callable[[], nn.Module], num_log_stds: int = 2):
+    skip: the mean is x plus the network's output, so that an encoder starts with z = x and noise.
+    """
+
+    def __init__(
+        self, hidden: tuple[int, ...], activation: Callable[[], nn.Module], num_log_stds: int = 2, skip: bool = False
+    ):
         super().__init__()
         layers = [m for a, b in itertools.pairwise((2, *hidden)) for m in (nn.Linear(a, b), activation())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden[-1], 2 + num_log_stds))
+        self.net, self.skip = nn.Sequential(*layers, nn.Linear(hidden[-1], 2 + num_log_stds)), skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, raw = self.net(x).tensor_split([2], 1)  # (B, 2), (B, num_log_stds)
-        return mu, bounded_log_std(raw)
+        return x + mu if self.skip else mu, bounded_log_std(raw)
 
 
 class GatedResidualBlock(nn.Module):

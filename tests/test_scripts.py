@@ -239,9 +239,6 @@ def readme_rows():
         metrics = results(ROOT / "results" / "published", path)
         for name, bound in models(metrics["final"]).items():
             yield row(metrics, f"{path[1:].upper()}, {name.replace('_', ', ')}", bound, f"{bound['floor_bpd']:.4f}")
-    for path in ("q2a", "q2b"):
-        metrics = results(ROOT / "results" / "published", path)
-        yield row(metrics, f"{path[1:]}, {metrics['data']['name']}", metrics["final"]["test"], "unknown")
 
 
 def row(metrics, what, bound, floor):
