@@ -861,8 +861,8 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z and of the dequantisation
 noise an image, ± one standard error over images. Train is a fixed subset no larger than validation. The curves' test is
-such a subset too; the table's is all of it. The first epochs lie above the axes where they would flatten the rest. The
-weights are those of epoch {curves["best_epoch"]}, the best on validation.
+such a subset too; the table's is all of it. The first tenth of the epochs lies outside the axes where it would flatten
+the rest. The weights are those of epoch {curves["best_epoch"]}, the best on validation.
 
 ## 2. Samples
 
