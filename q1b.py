@@ -26,7 +26,7 @@ STD = 0.2
 DECODERS = {"diagonal": 2, "isotropic": 1}  # how many log stds the decoder has
 HIDDEN = (128, 128, 128)  # with ReLU: the map from one Gaussian to three clusters has sharp edges
 WARMUP = 0.2  # fraction of training over which the KL's weight rises to 1; every reported bound has weight 1
-DEFAULTS = dict(epochs=80, batch_size=250, lr=5e-3)
+DEFAULTS = dict(epochs=100, batch_size=250, lr=5e-3)
 SMOKE = dict(epochs=2)
 COLOURS = ("#56b4e9", "#e69f00", "#000000")  # of the labels 0, 1, 2: told apart in grey and by the colour-blind
 
