@@ -43,6 +43,7 @@ SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
 IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")  # of question 2
 IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
+MODEL_FLAGS = ("latents", "prior", "receptive_field")  # those that shape an image model
 DPI = 130  # of every figure
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
 
@@ -129,13 +130,18 @@ def bounded_log_std(raw: Tensor) -> Tensor:
     return torch.where(raw > 0, high, low)
 
 
-def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
-    """log N(x; mu, diag exp(log_std)^2), summed. x [B, ...], mu and log_std broadcast to x -> [B], nats.
+def normal_log_density(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
+    """log N(x; mu, exp(log_std)^2) of each element. x [B, ...], mu and log_std broadcast to x -> [B, ...], nats.
 
     Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2. Computed in float32 or wider under any autocast.
     """
     x, mu, log_std = at_least_fp32(x), at_least_fp32(mu), at_least_fp32(log_std)
-    return sum_dims(-0.5 * ((x - mu) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi))
+    return -0.5 * ((x - mu) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+
+
+def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
+    """log N(x; mu, diag exp(log_std)^2): `normal_log_density`, summed over dimensions. [B, ...] -> [B], nats."""
+    return sum_dims(normal_log_density(x, mu, log_std))
 
 
 class StandardNormal(nn.Module):
@@ -149,6 +155,10 @@ class StandardNormal(nn.Module):
         """log p(z) = log N(eps; 0, I) + log |det d eps / d z|. z [B, *latent_shape] -> [B], nats."""
         eps, log_det = self.z_to_eps(z)
         return normal_log_prob(eps, torch.zeros_like(eps), torch.zeros_like(eps)) + log_det
+
+    def shift_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log std of each z_i given the positions before it; here 0 and 0. Two of z's shape."""
+        return torch.zeros_like(z), torch.zeros_like(z)
 
     def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Here the identity: eps [B, *latent_shape], and its log |det d eps / d z| = 0, [B]."""
@@ -218,10 +228,18 @@ class VAE(nn.Module):
         derivative has mean zero), the encoder's gradient has no noise there either (Roeder et al. 2017,
         arXiv:1703.09194).
         """
-        mu, log_std = self.encoder(x)
-        z = mu + torch.exp(log_std) * noise.normal(*self.prior.latent_shape)
+        z, mu, log_std = self.posterior(x, noise)
         kl = normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
-        return Terms(recon=-normal_log_prob(x, *self.decoder(z)), kl=kl)
+        return Terms(recon=-self.log_p_x(x, z), kl=kl)
+
+    def posterior(self, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+        """z ~ q(z|x), and q's mean and log std, each [B, *latent_shape]."""
+        mu, log_std = self.encoder(x)
+        return mu + torch.exp(log_std) * noise.normal(*self.prior.latent_shape), mu, log_std
+
+    def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x|z), here of a normal. x [B, ...], z [B, *latent_shape] -> [B], nats."""
+        return normal_log_prob(x, *self.decoder(z))
 
     def sample(self, noise: Noise) -> tuple[Tensor, Tensor]:
         """z ~ p(z) -> (x ~ p(x|z), the decoder's mean mu(z)), each [B, ...], from the same z."""
@@ -240,52 +258,52 @@ class ImageVAE(VAE):
 
     def forward(self, levels: Tensor, noise: Noise) -> Terms:
         """levels uint8 [B, 3, 32, 32] -> Terms of [B], nats, whose sum bounds -log P(levels) from above."""
-        x = dequantise(levels, noise.uniform(*levels.shape[1:]))
-        recon, kl = super().forward(x, noise)
+        recon, kl = super().forward(self.to_x(levels, noise), noise)
         return Terms(-levels_log_prob(-recon, levels[0].numel()), kl)
+
+    def to_x(self, levels: Tensor, noise: Noise) -> Tensor:
+        """What the encoder sees: dequantised pixels. uint8 [B, 3, 32, 32] -> the same in [-1, 1]."""
+        return dequantise(levels, noise.uniform(*levels.shape[1:]))
 
     def to_z(self, levels: Tensor) -> Tensor:
         """The posterior mean mu(x), each pixel at the centre of its bin. uint8 [B, 3, 32, 32] -> [B, C, 8, 8]."""
         return self.encoder(dequantise(levels, torch.full_like(levels, 0.5, dtype=torch.float32)))[0]
 
-    def to_images(self, z: Tensor) -> Tensor:
-        """The decoder's mean as an image. [B, C, 8, 8] -> uint8 [B, 3, 32, 32]."""
-        return quantise(self.decoder(z)[0])
+    def to_images(self, z: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """Pictures of z, [B, C, 8, 8], by title: uint8 [B, 3, 32, 32] each."""
+        mu, log_std = self.decoder(z)
+        drawn = quantise(mu + torch.exp(log_std) * noise.normal(*mu.shape[1:]))
+        return {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": drawn}
 
 
 # --------------------------------------------------------------------------------------------------------- blocks
 
 
 class GaussianMLP(nn.Module):
-    """An MLP from the plane to a normal in the plane: x [B, 2] -> mu [B, 2], bounded log_std [B, 2 or 1]..
+    """An MLP from the plane to a normal in the plane: x [B, 2] -> mu [B, 2], bounded log_std [B, 2 or 1]."""
 
-    skip: the mean is x plus the network's output, so that an encoder starts with z = x and noise.
-    """
-
-    def __init__(
-        self, hidden: tuple[int, ...], activation: Callable[[], nn.Module], num_log_stds: int = 2, skip: bool = False
-    ):
+    def __init__(self, hidden: tuple[int, ...], activation: Callable[[], nn.Module], num_log_stds: int = 2):
         super().__init__()
         layers = [m for a, b in itertools.pairwise((2, *hidden)) for m in (nn.Linear(a, b), activation())]
-        self.net, self.skip = nn.Sequential(*layers, nn.Linear(hidden[-1], 2 + num_log_stds)), skip
+        self.net = nn.Sequential(*layers, nn.Linear(hidden[-1], 2 + num_log_stds))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, raw = self.net(x).tensor_split([2], 1)  # (B, 2), (B, num_log_stds)
-        return x + mu if self.skip else mu, bounded_log_std(raw)
+        return mu, bounded_log_std(raw)
 
 
 class GatedResidualBlock(nn.Module):
-    """x + a * sigmoid(b), with (a, b) the halves of [relu, conv 3x3 to 64, relu, conv 3x3 to 2 x width].
+    """x + a * sigmoid(b), with (a, b) the halves of [relu, conv to hidden, relu, conv to 2 x width].
 
     The gated linear unit of Dauphin et al. 2017 (arXiv:1612.08083) as the residual branch. The handout's 64 * 2 filters
     fit a stream of 64 channels; its own stream has 256, so the second convolution has 2 x 256.
     [B, width, H, W] -> the same.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int = 64, size: int = 3):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, 64, 3, padding=1)
-        self.conv2 = nn.Conv2d(64, 2 * width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, hidden, size, padding=size // 2)
+        self.conv2 = nn.Conv2d(hidden, 2 * width, size, padding=size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.conv2(F.relu(self.conv1(F.relu(x)))).chunk(2, 1)  # each (B, width, H, W)
@@ -323,15 +341,15 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """p(x|z): the handout's decoder, with 6 output channels in place of 3: a mean and a log std for each pixel.
 
-    z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32].
+    z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32]; its `net` alone gives out_channels features for each pixel.
     """
 
-    def __init__(self, latent_channels: int):
+    def __init__(self, latent_channels: int, out_channels: int = 6):
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(latent_channels, 256, 3, padding=1), residual_stack(256),
             nn.ConvTranspose2d(256, 128, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(128, 6, 4, 2, 1),
+            nn.ConvTranspose2d(128, out_channels, 4, 2, 1),
         )  # fmt: skip
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,6 +384,37 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+    def at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """`forward(x)` at P positions only: x [B, C, H, W], rows and columns int64 [P] -> [B, out_channels, P, 1]."""
+        half = self.mask.shape[0] // 2
+        i, j = self.mask.nonzero().T  # the T taps that the mask lets through
+        seen = F.pad(x, (half, half, half, half))[:, :, rows[:, None] + i, columns[:, None] + j]  # (B, C, P, T)
+        out = torch.einsum("bcpt,oct->bop", seen, self.weight[:, :, i, j])
+        return (out if self.bias is None else out + self.bias[:, None])[..., None]
+
+
+def wavefront_slope(net: nn.Module) -> int:
+    """The least integer k such that j + k i is smaller at every position that (i, j) sees through net's masked layers.
+
+    A tap d rows up and e columns to the right asks for e - k d < 0. Taps to the left in the same row ask for nothing;
+    and the offsets of stacked layers add up, so what holds for each layer holds for the net.
+    """
+    masks = [m.mask for m in net.modules() if isinstance(m, MaskedConv2d)]
+    taps = [(mask.nonzero() - mask.shape[0] // 2).tolist() for mask in masks]
+    return max([1, *(e // -d + 1 for layer in taps for d, e in layer if d < 0)])
+
+
+def wavefronts(height: int, width: int, slope: int) -> list[tuple[Tensor, Tensor]]:
+    """The positions of a grid in groups of equal j + slope i, in that order: rows and columns, each int64 [P].
+
+    With the slope of `wavefront_slope`, no position of a group sees another, so a group is sampled at once: 22 groups
+    in place of 64 steps on 8 x 8. With slope = width every group is one position: raster order.
+    """
+    i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    order = (j + slope * i).flatten()
+    groups = [(order == k).nonzero()[:, 0] for k in order.unique()]
+    return [(group // width, group % width) for group in groups]
 
 
 class MaskedResidual(nn.Module):
@@ -411,14 +460,29 @@ class FlowPrior(StandardNormal):
         return (z - t) * torch.exp(-s), -sum_dims(s)
 
     @torch.no_grad()
-    def eps_to_z(self, eps: Tensor) -> Tensor:
-        """The inverse of `z_to_eps`, position after position in raster order. [B, C, H, W] -> the same."""
-        z = torch.zeros_like(eps)
-        for i in range(eps.shape[2]):
-            for j in range(eps.shape[3]):
-                t, s = self.shift_and_scale(z)
-                z[:, :, i, j] = t[:, :, i, j] + torch.exp(s[:, :, i, j]) * eps[:, :, i, j]
-        return z
+    def eps_to_z(self, eps: Tensor, slope: int | None = None) -> Tensor:
+        """The inverse of `z_to_eps`, one anti-diagonal after the other (see `wavefronts`). [B, C, H, W] -> the same.
+
+        Each layer runs at the new positions only and keeps its input for the next ones, so that the whole costs about
+        one pass. In float64, so that the order of the sums cannot be seen: any valid slope gives the same z.
+        """
+        first, *residuals, relu, last = exact(self.net)
+        z = torch.zeros_like(eps, dtype=torch.float64, device=first.weight.device)
+        inputs = [z.new_zeros(len(z), first.out_channels, *z.shape[2:]) for _ in residuals]
+        for i, j in wavefronts(z.shape[2], z.shape[3], slope or wavefront_slope(self.net)):
+            h = first.at(z, i, j)  # (B, width, P, 1)
+            for layer, x in zip(residuals, inputs, strict=True):
+                x[:, :, i, j] = F.relu(h[..., 0])
+                h = h + layer.conv.at(x, i, j)
+            t, raw = last(relu(h))[..., 0].chunk(2, 1)  # each (B, C, P)
+            z[:, :, i, j] = t + torch.exp(bounded_log_std(raw)) * eps.to(z)[:, :, i, j]
+        return z.to(eps)
+
+
+def exact(net: Any) -> Any:
+    """A copy of a network in float64; on the CPU where the device has no float64."""
+    net = copy.deepcopy(net)
+    return net.cpu().double() if next(net.parameters()).device.type == "mps" else net.double()
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -455,7 +519,7 @@ def load_images(args: argparse.Namespace) -> Data:
         arrays = load_synthetic(Path(args.data_root), sizes, cache=args.limit is None)
         name = "synthetic (a stand-in for SVHN)"
     else:
-        name, arrays = Path(args.data).name, load_npz(Path(args.data), args.seed)
+        name, arrays = Path(args.data).name, load_npz(Path(args.data), args.seed, only_test=args.evaluate is not None)
     if limited:
         arrays = [x[:n] for x, n in zip(arrays, limited, strict=True)]
         name += f", at most {args.limit} training images"
@@ -480,13 +544,18 @@ def load_svhn(root: Path) -> list[np.ndarray]:
     return [train, valid, test]
 
 
-def load_npz(path: Path, seed: int) -> list[np.ndarray]:
-    """uint8 [N, 32, 32, 3] from keys train, valid, test, or from one key `images`, split 80/10/10 by the seed."""
+def load_npz(path: Path, seed: int, only_test: bool = False) -> list[np.ndarray]:
+    """uint8 [N, 32, 32, 3] from keys train, valid, test, or from one key `images`, split 80/10/10 by the seed.
+
+    only_test: the key test alone will do; the other splits are then empty.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if k in (*SPLITS, "images")}
     except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
         fail(f"--data {path}: not svhn, synthetic or a readable npz file ({error})")
+    if only_test and set(arrays) == {"test"}:
+        arrays |= {"train": arrays["test"][:0], "valid": arrays["test"][:0]}
     if set(arrays) not in ({"images"}, set(SPLITS)):
         fail(f"--data {path}: needs the keys train, valid and test, or the one key images; found {sorted(arrays)}")
     for key, x in arrays.items():
@@ -498,7 +567,7 @@ def load_npz(path: Path, seed: int) -> list[np.ndarray]:
     else:
         splits = [arrays[k] for k in SPLITS]
     for key, x in zip(SPLITS, splits, strict=True):
-        if len(x) < 2:
+        if len(x) < 2 and (key == "test" or not only_test):
             fail(f"--data {path}: the {key} split holds {len(x)} images; it needs two or more")
     return splits
 
@@ -605,6 +674,21 @@ def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def kl_per_position(model: Any, levels: Tensor) -> list[list[float]]:
+    """What each position of z costs: the mean over images of log q(z_i|x) - log p(z_i|z_<i), bits, H rows of W.
+
+    Summed over positions it is the KL term, up to the noise of one sample an image. levels uint8 [N, 3, 32, 32].
+    """
+    total = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64)
+    for i in torch.arange(len(levels), device=levels.device).split(256):
+        noise = Noise.fixed(i, 0)
+        z, mu, log_std = model.posterior(model.to_x(levels[i], noise), noise)
+        kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.shift_and_scale(z))
+        total += kl.sum((0, 1)).cpu().double()
+    return bits_per_dim(total / len(levels), 1).tolist()
+
+
 def one_cycle(step: int, total: int) -> float:
     """Learning rate as a fraction of its peak: a linear rise over the first tenth, then half a cosine down to 0."""
     t = step / total
@@ -616,11 +700,14 @@ def kl_weight(done: float, warmup: float) -> float:
     return min(1.0, done / warmup) if warmup else 1.0
 
 
-def fit(model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, warmup: float = 0.0) -> dict[str, Any]:
+def fit(
+    model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, warmup: float = 0.0, free_bits: float = 0.0
+) -> dict[str, Any]:
     """Minimise the mean negative ELBO in bits/dim on splits["train"] with Adam; return curves, leave the best weights.
 
     args: epochs, batch_size, lr (the peak of `one_cycle`), precision. warmup: the fraction of training over which the
-    KL's weight rises from 0 to 1, in training only. Gradients are clipped to norm 1. Before the first epoch and after
+    KL's weight rises from 0 to 1, in training only. free_bits: bits/dim of a batch's KL that training does not charge
+    for (Kingma et al. 2016, arXiv:1606.04934). Gradients are clipped to norm 1. Before the first epoch and after
     each, every split is evaluated, train and test on their first examples, no more than validation has. The weights
     kept are those of the epoch with the lowest negative ELBO on all of validation: curves["best_epoch"].
     """
@@ -635,7 +722,8 @@ def fit(model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, w
     def step(x: Tensor, done: float) -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             recon, kl = model(x, Noise(len(x), x.device))
-            loss = bits_per_dim((recon + kl_weight(done, warmup) * kl).mean(), num_dims)
+            recon, kl = (bits_per_dim(term.mean(), num_dims) for term in (recon, kl))
+            loss = recon + kl_weight(done, warmup) * kl.clamp(min=free_bits)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -707,13 +795,30 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, metrics: dict[str, Any]) -> None:
+    """Metrics as JSON; NaN and infinity are errors."""
+    text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
+    """A checkpoint of this script, {"script", "args", "state"}; no code in it is ever run (`weights_only`)."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["script"], saved["args"], saved["state"]
+    except Exception as error:  # of the file system, zip, pickle or torch, each with its own
+        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+    if found[0] != script:
+        fail(f"{path}: a checkpoint of {found[0]}, not of {script}")
+    return saved
+
+
 def write_results(out: Path, metrics: dict[str, Any], report: str, state: dict[str, Any]) -> None:
     """metrics.json, report.md and checkpoint.pt (weights and arguments, for torch.load(..., weights_only=True))."""
     checkpoint = {"script": metrics["script"], "args": metrics["args"], "state": state}
     write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
     write_whole(out / "report.md", lambda file: file.write(report.encode()))
-    text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
-    write_whole(out / "metrics.json", lambda file: file.write(text.encode()))
+    write_json(out / "metrics.json", metrics)
     print(f"wrote {out / 'report.md'}, its figures, metrics.json and checkpoint.pt")
 
 
@@ -801,41 +906,85 @@ def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, 
 
 
 @torch.no_grad()
-def interpolate(model: ImageVAE, pairs: Tensor, in_eps: bool) -> Tensor:
+def interpolate(model: Any, pairs: Tensor, in_eps: bool) -> Tensor:
     """Ten steps between the two images of each pair, the images themselves at the ends.
 
-    Straight in z between the posterior means, or, where in_eps, straight in the prior's noise eps. uint8
-    [P, 2, 3, 32, 32] -> uint8 [P * 12, 3, 32, 32].
+    Straight in z between the posterior means, or, where in_eps, straight in the prior's noise eps; where the decoder
+    draws, it draws with the same noise at every step. uint8 [P, 2, 3, 32, 32] -> uint8 [P * 12, 3, 32, 32].
     """
     ends = model.to_z(pairs.flatten(0, 1))  # (2P, C, 8, 8)
     if in_eps:
         ends = model.prior.z_to_eps(ends)[0]
     a, b = ends.unflatten(0, (-1, 2))[:, None].unbind(2)  # each (P, 1, C, 8, 8)
     path = torch.lerp(a, b, torch.linspace(0, 1, 10, device=ends.device)[:, None, None, None]).flatten(0, 1)
-    steps = model.to_images(model.prior.eps_to_z(path) if in_eps else path).unflatten(0, (-1, 10))
-    return torch.cat([pairs[:, :1], steps, pairs[:, 1:]], 1).flatten(0, 1)
+    same = Noise.fixed(torch.zeros(len(path), dtype=torch.int64, device=ends.device), seed=3)
+    steps = next(iter(model.to_images(model.prior.eps_to_z(path) if in_eps else path, same).values()))
+    return torch.cat([pairs[:, :1], steps.unflatten(0, (-1, 10)), pairs[:, 1:]], 1).flatten(0, 1)
 
 
 @torch.no_grad()
-def plot_image_model(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
+def plot_image_model(model: Any, test: Tensor, title: str, out: Path) -> None:
     """samples.png, reconstructions.png and interpolations.png of an image VAE: fixed noise, fixed test images."""
     model.eval()
     few = torch.arange(100, device=test.device)
-    x, mean = model.sample(Noise.fixed(few, seed=1))
-    panels = {"x ~ p(x|z)": quantise(x), "µ(z), the decoder's mean": quantise(mean)}
+    noise = Noise.fixed(few, seed=1)
+    panels = model.to_images(model.prior.sample(noise), noise)
     plot_tiles(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
-    shown = test[torch.linspace(0, len(test) - 1, min(10, len(test))).long()]  # spread: neighbours may look alike
-    z = model.to_z(shown)
-    mu, log_std = model.decoder(z)
-    drawn = quantise(mu + torch.exp(log_std) * Noise.fixed(few[: len(shown)], seed=2).normal(*mu.shape[1:]))
-    panels = {"test images": shown, "µ(z) at the posterior mean": quantise(mu), "x ~ p(x|z) at the same z": drawn}
-    plot_tiles(panels, len(shown), title, out / "reconstructions.png", stacked=True)
+    shown = spread(test, 10)
+    panels = {"test images": shown, **model.to_images(model.to_z(shown), Noise.fixed(few[: len(shown)], seed=2))}
+    title += "\n"
+    plot_tiles(panels, len(shown), f"{title}decoded from the posterior mean", out / "reconstructions.png", stacked=True)
     pairs = shown[: len(shown) // 2 * 2].unflatten(0, (-1, 2))
     panels = {"straight in z": interpolate(model, pairs, in_eps=False)}
     if isinstance(model.prior, FlowPrior):
         panels["straight in ε, the flow's noise"] = interpolate(model, pairs, in_eps=True)
-    title += "\ninterpolations, true test images at the ends"
+    title += "interpolations, true test images at the ends"
     plot_tiles(panels, 12, title, out / "interpolations.png", stacked=True)
+
+
+def spread(x: Tensor, n: int) -> Tensor:
+    """At most n examples at equal distances in x: neighbours may look alike. [N, ...] -> [min(n, N), ...]."""
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
+
+
+def run_images(
+    script: str, args: argparse.Namespace, out: Path, make_model: Callable[[argparse.Namespace], Any], heading: str,
+    finish: Callable[..., str] = lambda *_: "",
+) -> None:  # fmt: skip
+    """What question 2 and the bonus do alike: data, model, training, bounds, figures, report; or --evaluate alone.
+
+    make_model: arguments -> the model. finish: (model, splits, metrics, out) -> the end of the report, more figures.
+    """
+    start, saved = time.perf_counter(), load_checkpoint(Path(args.evaluate), script) if args.evaluate else None
+    if saved:
+        vars(args).update({k: saved["args"][k] for k in MODEL_FLAGS if k in saved["args"]})
+    data = load_images(args)
+    splits = {k: x.to(args.device) for k, x in data.splits.items()}
+    torch.manual_seed(args.seed)
+    model = make_model(args).to(args.device).to(memory_format=torch.channels_last)
+    params = sum(p.numel() for p in model.parameters())
+    if saved:
+        try:
+            model.load_state_dict(saved["state"])
+        except RuntimeError:
+            fail(f"--evaluate {args.evaluate}: its weights do not fit this model")
+        final = {"test": in_bits(evaluate(model, splits["test"]), splits["test"][0].numel())}
+        metrics = {**describe_run(script, args, data.describe(), params, start), "final": final}
+        path = make_folder(out / "evaluate") / "metrics.json"
+        write_json(path, metrics)
+        bound = "-ELBO {neg_elbo_bpd:.4f} bits/dim (KL {kl_bpd:.4f} + decoder {recon_bpd:.4f})".format(**final["test"])
+        print(f"{len(splits['test'])} test images of {data.name}: {bound}; wrote {path}")
+        return
+    curves = fit(model, splits, args, free_bits=getattr(args, "free_bits", 0.0))
+    final, kl_map = evaluate_splits(model, splits), kl_per_position(model, splits["test"])
+    metrics = {**describe_run(script, args, data.describe(), params, start), "curves": curves, "final": final,
+               "test_kl_per_position_bits": kl_map}  # fmt: skip
+    title = f"{heading}, {data.name}\ntest −ELBO {final['test']['neg_elbo_bpd']:.3f} bits/dim"
+    plot_curves(curves, title, out / "curves.png")
+    plot_image_model(model, splits["test"], title, out)
+    answer = finish(model, splits, metrics, out)
+    metrics["seconds"] = round(time.perf_counter() - start, 1)
+    write_results(out, metrics, image_report(heading, metrics, answer), model.cpu().state_dict())
 
 
 def image_report(heading: str, metrics: dict[str, Any], answer: str = "") -> str:
@@ -859,8 +1008,8 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 |---|---|---|---|
 {rows}
 
-Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z and of the dequantisation
-noise an image, ± one standard error over images. Train is a fixed subset no larger than validation. The curves' test is
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample an image, ± one standard error
+over images. Train is a fixed subset no larger than validation. The curves' test is
 such a subset too; the table's is all of it. The first tenth of the epochs lies outside the axes where it would flatten
 the rest. The weights are those of epoch {curves["best_epoch"]}, the best on validation.
 
@@ -912,11 +1061,13 @@ def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str
 
 
 def parse_args(
-    script: str, argv: list[str] | None, defaults: dict[str, Any], smoke: dict[str, Any], images: bool = False
-) -> tuple[argparse.Namespace, Path]:
+    script: str, argv: list[str] | None, defaults: dict[str, Any], smoke: dict[str, Any], images: bool = False,
+    more: Callable[[Any], None] = lambda add: None,
+) -> tuple[argparse.Namespace, Path]:  # fmt: skip
     """The command line that every script shares -> (arguments, the folder for its results); prints both and the device.
 
-    `smoke` holds the tiny defaults of --smoke; a flag that is given wins over both. Errors: one line, exit status 2.
+    `smoke` holds the tiny defaults of --smoke; a flag that is given wins over both. `more` adds a script's own flags.
+    Errors: one line, exit status 2.
     """
     parser = Parser(prog=f"{script}.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, number(int, 1, 10**9)
@@ -935,9 +1086,11 @@ def parse_args(
             type=number(int, 20, 10**9),
             help="train on the first LIMIT images, validate and test on a tenth as many each",
         )
-        add("--latents", type=count, help="channels of z, which has 8 x 8 positions")
+        add("--latents", type=number(int, 0 if script == "bonus" else 1, 4096), help="channels of z, 8 x 8 positions")
         precision = "of training steps (auto: bf16 where the hardware multiplies it); reported bounds are fp32"
+        add("--evaluate", metavar="CHECKPOINT", help="train nothing: bounds of a checkpoint on the data's test split")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    more(add)
     if argv is None and in_notebook():
         argv = []
     parser.set_defaults(**defaults)

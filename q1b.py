@@ -7,6 +7,8 @@ Two VAEs with 2-D z ~ N(0, I): decoder N(mu(z), diag sigma(z)^2) (diagonal) and 
     python q1b.py        ->  results/q1b/report.md
 """
 
+import argparse
+import copy
 import math
 import time
 from typing import Any
@@ -25,8 +27,9 @@ CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc 
 STD = 0.2
 DECODERS = {"diagonal": 2, "isotropic": 1}  # how many log stds the decoder has
 HIDDEN = (128, 128, 128)  # with ReLU: the map from one Gaussian to three clusters has sharp edges
-WARMUP = 0.2  # fraction of training over which the KL's weight rises to 1; every reported bound has weight 1
-DEFAULTS = dict(epochs=100, batch_size=250, lr=5e-3)
+STARTS, SHARE = 3, 8  # short runs to start from the best of, each of epochs / SHARE
+WARMUP = 0.5  # fraction of a short run over which the KL's weight rises to 1; every reported bound has weight 1
+DEFAULTS = dict(epochs=80, batch_size=250, lr=5e-3)
 SMOKE = dict(epochs=2)
 COLOURS = ("#56b4e9", "#e69f00", "#000000")  # of the labels 0, 1, 2: told apart in grey and by the colour-blind
 
@@ -56,6 +59,31 @@ def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
         log_normal = -((some[:, None] - means) ** 2).sum(2) / (2 * STD**2) - math.log(2 * math.pi * STD**2)
         chunks.append(torch.logsumexp(log_normal + log_weights, 1))  # (some, 2 + nodes) -> (some,)
     return torch.cat(chunks)
+
+
+def best_start(splits: dict[str, Tensor], args: argparse.Namespace) -> VAE:
+    """The best on validation of a few short runs with an isotropic decoder: where both models start.
+
+    A VAE whose first epochs tear a cluster apart, or, as diagonal decoders often do, lump two of them together, never
+    mends it. The KL's weight rises from 0, so that the code is used before it is charged for.
+    """
+    short, starts = argparse.Namespace(**{**vars(args), "epochs": max(1, args.epochs // SHARE)}), []
+    for k in range(STARTS):
+        print(f"start {k + 1} of {STARTS}:")
+        model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
+        curves = fit(model.to(args.device), splits, short, WARMUP)
+        starts.append((min(curves["valid"]["neg_elbo_bpd"]), model))
+    return min(starts, key=lambda start: start[0])[1]
+
+
+def with_decoder(model: VAE, num_log_stds: int) -> VAE:
+    """A copy of an isotropic model whose decoder has `num_log_stds` log stds, equal ones to begin with."""
+    rows = [0, 1] + [2] * num_log_stds  # of mu and of the log std
+    state = model.decoder.state_dict()
+    last = [name for name, x in state.items() if len(x) == 3]  # the last layer's weight and bias
+    decoder = GaussianMLP(HIDDEN, nn.ReLU, num_log_stds)
+    decoder.load_state_dict(state | {name: state[name][rows] for name in last})
+    return VAE(copy.deepcopy(model.encoder), decoder.to(next(iter(state.values())).device), model.prior)
 
 
 def compare_bounds(model: VAE, x: Tensor, num_samples: int = 100) -> dict[str, float]:
@@ -103,8 +131,9 @@ Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, {
 |---|---|---|---|---|---|
 {bounds}
 
-The floor is −log p(x) of the density that made the data, by quadrature along the arc, on the same points. Training
-weighted the KL from 0 to 1 over its first {WARMUP:.0%}; every reported bound has weight 1.
+The floor is −log p(x) of the density that made the data, by quadrature along the arc, on the same points. Both models
+start, at epoch 0 of the curves, from the best on validation of {STARTS} short runs with an isotropic decoder, in which
+the KL's weight rose from 0 to 1; every reported bound has weight 1.
 
 ## 2. Samples
 
@@ -174,20 +203,19 @@ def look_at_decoder(model: VAE, x: Tensor) -> tuple[Tensor, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> None:
     args, out = parse_args("q1b", argv, DEFAULTS, SMOKE)
-    start, params = time.perf_counter(), 0
+    begin, params = time.perf_counter(), 0
     points, labels = make_points()
     data = split_points("three clusters", points[:5000] if args.smoke else points)
     splits = {k: x.to(args.device) for k, x in data.splits.items()}
     floors = {k: bits_per_dim(-true_log_prob(x).mean().item(), 2) for k, x in splits.items()}
     curves, samples, latents, state = {}, {}, {}, {}
     final: dict[str, Any] = {}
+    torch.manual_seed(args.seed)
+    start = best_start(splits, args)
     for name, num_log_stds in DECODERS.items():
         print(f"{name}:")
-        torch.manual_seed(args.seed)
-        encoder = GaussianMLP(HIDDEN, nn.ReLU, skip=True)  # else some seeds never tell clusters 0 and 1 apart
-        decoder = GaussianMLP(HIDDEN, nn.ReLU, num_log_stds)
-        model = VAE(encoder, decoder, StandardNormal((2,))).to(args.device)
-        curves[name] = fit(model, splits, args, WARMUP)
+        model = with_decoder(start, num_log_stds)
+        curves[name] = fit(model, splits, args)
         bounds = {k: in_bits(evaluate(model, splits[k]), 2) | {"floor_bpd": floors[k]} for k in ("train", "test")}
         latents[name], stds = look_at_decoder(model, splits["train"][:10_000])
         final[name] = {**bounds, "first100": compare_bounds(model, splits["test"][:100]), **stds}
@@ -201,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     save_figure(fig, out / "curves.png")
     plot_samples(samples, data.splits["test"], final, out / "samples.png")
     plot_latents(latents, labels, final, out / "latents.png")
-    metrics = {**describe_run("q1b", args, data.describe(), params, start), "curves": curves, "final": final}
+    metrics = {**describe_run("q1b", args, data.describe(), params, begin), "curves": curves, "final": final}
     write_results(out, metrics, write_report(metrics), state)
 
 

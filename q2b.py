@@ -9,19 +9,19 @@ identity, so that training starts from the same bound.
 
     python q2b.py --epochs 20                  ->  results/q2b/report.md, on SVHN (downloaded)
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
+    python q2b.py --evaluate results/q2b/checkpoint.pt --data FILE.npz  ->  results/q2b/evaluate/metrics.json
 """
 
+import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from core import IMAGE_DEFAULTS, IMAGE_SMOKE, FlowPrior, ImageVAE, in_notebook, parse_args, run_images
 
-from core import (
-    IMAGE_DEFAULTS, IMAGE_SMOKE, FlowPrior, ImageVAE, describe_run, evaluate_splits, fit, image_report, in_notebook,
-    load_images, parse_args, plot_curves, plot_image_model, write_results,
-)  # fmt: skip
+
+def make_model(args: argparse.Namespace) -> ImageVAE:
+    return ImageVAE(args.latents, FlowPrior)
 
 
 def comparison(metrics: dict[str, Any], path_2a: Path) -> str:
@@ -59,20 +59,11 @@ the flow. One seed each: how much of it another seed would move is not measured 
 
 def main(argv: list[str] | None = None) -> None:
     args, out = parse_args("q2b", argv, IMAGE_DEFAULTS, IMAGE_SMOKE, images=True)
-    start, data = time.perf_counter(), load_images(args)
-    splits = {k: x.to(args.device) for k, x in data.splits.items()}
-    torch.manual_seed(args.seed)
-    model = ImageVAE(args.latents, FlowPrior).to(args.device).to(memory_format=torch.channels_last)
-    curves = fit(model, splits, args)
-    final = evaluate_splits(model, splits)
-    title = f"2b, flow prior, {data.name}: test −ELBO {final['test']['neg_elbo_bpd']:.3f} bits/dim"
-    plot_curves(curves, title, out / "curves.png")
-    plot_image_model(model, splits["test"], title, out)
-    params = sum(p.numel() for p in model.parameters())
-    metrics = {**describe_run("q2b", args, data.describe(), params, start), "curves": curves, "final": final}
-    answer = comparison(metrics, out.with_name("q2a") / "metrics.json")
-    report = image_report("2b: the same VAE with an autoregressive flow prior", metrics, answer)
-    write_results(out, metrics, report, model.cpu().state_dict())
+
+    def finish(model: ImageVAE, splits: dict, metrics: dict, out: Path) -> str:
+        return comparison(metrics, out.with_name("q2a") / "metrics.json")
+
+    run_images("q2b", args, out, make_model, "2b: the same VAE with an autoregressive flow prior", finish)
 
 
 if __name__ == "__main__" and not in_notebook():

@@ -75,8 +75,8 @@ def test_1b_true_density_integrates_to_one_and_fits_its_points_best():
 # ----------------------------------------------------------------------------------------------------- a user's file
 
 
-def options(data, root, limit=None):
-    return argparse.Namespace(data=str(data), data_root=str(root), seed=0, limit=limit)
+def options(data, root, limit=None, evaluate=None):
+    return argparse.Namespace(data=str(data), data_root=str(root), seed=0, limit=limit, evaluate=None)
 
 
 def images(n):

@@ -1,0 +1,265 @@
+"""Bonus: a variational lossy autoencoder. 2b's encoder and prior; a PixelCNN that sees only its neighbours as decoder.
+
+    log p(x|z) = sum_i log p(x_i | z, those of x_<i within the receptive field),   i over the 32 x 32 pixels
+
+Each factor is a mixture of 10 logistics, discretised to the 256 levels (arXiv:1701.05517), so that KL + decoder term
+bounds the code length of the image as it is, without dequantisation. What a pixel can learn from its neighbours need
+not go through z: the smaller the receptive field, the more does (arXiv:1611.02731).
+
+    python bonus.py --epochs 20                  ->  results/bonus/report.md, on SVHN (downloaded)
+    python bonus.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
+    python bonus.py --evaluate results/bonus/checkpoint.pt --data FILE.npz  ->  results/bonus/evaluate/metrics.json
+"""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import (
+    IMAGE_DEFAULTS, IMAGE_SMOKE, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, MaskedConv2d, Noise,
+    StandardNormal, at_least_fp32, bounded_log_std, dequantise, evaluate_splits, exact, fit, in_notebook, number,
+    parse_args, plot_tiles, quantise, run_images, spread, sum_dims, wavefront_slope, wavefronts,
+)  # fmt: skip
+
+COMPONENTS = 10  # logistics in a pixel's mixture
+WIDTH, DEPTH = 128, 4  # channels and gated blocks of the PixelCNN
+PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
+DEFAULTS = {**IMAGE_DEFAULTS, "receptive_field": 3, "prior": "flow", "free_bits": 0.0}
+SMOKE = {**IMAGE_SMOKE, "table_epochs": 1}
+TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
+
+
+# ----------------------------------------------------------------------------------------- the pixel's distribution
+
+
+def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels: int = 256) -> Tensor:
+    """log P(level) of a logistic on [-1, 1], discretised to equal bins; elementwise, nats.
+
+    Level v is the bin from 2v/L - 1 to 2(v+1)/L - 1, the first and the last with the tails. With a < b the edges in
+    units of the scale, all in log space, so that nothing underflows and no gradient is lost:
+        log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b))
+    """
+    step, sharpness = 2 / num_levels, torch.exp(-log_scale)
+    a, b = ((levels * step - 1 - mu) * sharpness, ((levels + 1) * step - 1 - mu) * sharpness)
+    inside = F.logsigmoid(b) + F.logsigmoid(-a) + torch.log(-torch.expm1(-step * sharpness))
+    edges = torch.where(levels == 0, F.logsigmoid(b), F.logsigmoid(-a))
+    return torch.where((levels == 0) | (levels == num_levels - 1), edges, inside)
+
+
+def split_params(params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[B, 10 K, ...] -> logits [B, K, ...]; mu, log scale and colour coefficients, each [B, K, 3, ...]."""
+    logits, *rest = at_least_fp32(params).unflatten(1, (10, -1)).split((1, 3, 3, 3), 1)
+    mu, raw, coefficients = (t.transpose(1, 2) for t in rest)
+    return logits[:, 0], mu, bounded_log_std(raw - 3), torch.tanh(coefficients)  # scales start near 6 levels
+
+
+def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> Tensor:
+    """log P of pixels under a mixture each, the colours of a component in the order R -> G -> B, summed over pixels.
+
+    A component's mean of G is moved by c0 R, its mean of B by c1 R + c2 G, with R and G the true levels' bin centres in
+    [-1, 1]: so the three colours are one joint distribution (Salimans et al. 2017, arXiv:1701.05517, section 2.2).
+    levels [B, 3, H, W] integers, params [B, 10 K, H, W] -> [B], nats.
+    """
+    logits, mu, log_scale, (c0, c1, c2) = *(t := split_params(params))[:3], t[3].unbind(2)
+    r, g, _ = ((levels + 0.5) * (2 / num_levels) - 1)[:, None].unbind(2)  # each (B, 1, H, W)
+    mu = mu + torch.stack([torch.zeros_like(c0), c0 * r, c1 * r + c2 * g], 2)
+    log_p = logistic_log_prob(levels[:, None], mu, log_scale, num_levels).sum(2)  # (B, K, H, W)
+    return sum_dims(torch.logsumexp(F.log_softmax(logits, 1) + log_p, 1))
+
+
+def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
+    """A level for each colour from uniform noise, as bin centres in [-1, 1].
+
+    params [B, 10 K, P, 1], u in (0, 1) [B, K + 3, P, 1]: K to choose the component (Gumbel-max), 3 for the colours.
+    -> [B, 3, P, 1]. Rounding a logistic sample down to its bin is exactly the distribution of `logistic_log_prob`.
+    """
+    logits, *rest = split_params(params)
+    chosen = (logits - torch.log(-torch.log(u[:, :-3]))).argmax(1)[:, None, None].expand(-1, -1, 3, -1, -1)
+    mu, log_scale, c = (t.gather(1, chosen)[:, 0].unbind(1) for t in rest)  # three of (B, P, 1) each
+
+    def draw(k: int, shift: Tensor) -> Tensor:
+        x = mu[k] + shift + torch.exp(log_scale[k]) * torch.logit(u[:, k - 3])
+        return dequantise(quantise(x), torch.full_like(x, 0.5))
+
+    r = draw(0, torch.zeros_like(mu[0]))
+    g = draw(1, c[0] * r)
+    return torch.stack([r, g, draw(2, c[1] * r + c[2] * g)], 1)
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+class LocalPixelCNN(nn.Module):
+    """Mixture parameters of every pixel, from z and from its neighbours before it in raster order.
+
+    One masked convolution sees `receptive_field` rows above and as many columns to each side (in the paper's notation
+    3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen.
+    """
+
+    def __init__(self, latent_channels: int, receptive_field: int):
+        super().__init__()
+        self.trunk = ConvDecoder(latent_channels, WIDTH).net if latent_channels else None
+        self.first = MaskedConv2d("A", 3, WIDTH, 2 * receptive_field + 1)
+        blocks = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)]
+        self.rest = nn.Sequential(*blocks, nn.ReLU(), nn.Conv2d(WIDTH, 10 * COMPONENTS, 1))
+
+    def features(self, z: Tensor) -> Tensor:
+        """[B, C, 8, 8] -> [B, WIDTH, 32, 32]; zeros where there is no code."""
+        return self.trunk(z) if self.trunk else z.new_zeros(len(z), WIDTH, 32, 32)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x [B, 3, 32, 32] in [-1, 1], z [B, C, 8, 8] -> [B, 10 K, 32, 32]."""
+        return self.rest(self.first(x) + self.features(z))
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, noise: Noise, slope: int | None = None) -> Tensor:
+        """x ~ p(x|z), one anti-diagonal after the other (see `wavefronts`): uint8 [B, 3, 32, 32].
+
+        Only the new positions are computed, in float64: any valid slope draws the same levels.
+        """
+        first, rest, features = exact(self.first), exact(self.rest), self.features(z)
+        u = noise.uniform(COMPONENTS + 3, 32, 32).to(first.weight) + 2.0**-25  # to the middle of its 24-bit bin
+        x = u.new_zeros(len(z), 3, 32, 32)
+        for i, j in wavefronts(32, 32, slope or wavefront_slope(self.first)):
+            h = first.at(x, i, j) + features[:, :, i, j, None].to(x)  # (B, WIDTH, P, 1)
+            x[:, :, i, j] = mixture_sample(rest(h), u[:, :, i, j, None])[..., 0]
+        return quantise(x).to(z.device)
+
+
+class NoCode(nn.Module):
+    """The encoder of a model without latents: q over nothing, so KL = 0."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        nothing = x.new_zeros(len(x), 0, 8, 8)
+        return nothing, nothing
+
+
+class LossyVAE(VAE):
+    """The VAE of 2b with a local PixelCNN as its decoder: levels in, log P(levels) out."""
+
+    decoder: LocalPixelCNN
+
+    def __init__(self, latent_channels: int, receptive_field: int, prior: str):
+        encoder = ConvEncoder(latent_channels) if latent_channels else NoCode()
+        make_prior = PRIORS[prior] if latent_channels else StandardNormal
+        decoder = LocalPixelCNN(latent_channels, receptive_field)
+        super().__init__(encoder, decoder, make_prior((latent_channels, 8, 8)))
+
+    def forward(self, levels: Tensor, noise: Noise) -> Any:
+        """levels uint8 [B, 3, 32, 32] -> Terms of [B], nats, whose sum bounds -log P(levels) from above."""
+        return super().forward(self.to_x(levels, noise), noise)
+
+    def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
+        """log P(levels | z). x: the levels' bin centres [B, 3, 32, 32] -> [B], nats."""
+        return mixture_log_prob(quantise(x), self.decoder(x, z))
+
+    def to_x(self, levels: Tensor, noise: Noise | None = None) -> Tensor:
+        """Bin centres: uint8 [B, 3, 32, 32] -> the same in [-1, 1]."""
+        return dequantise(levels, torch.full_like(levels, 0.5, dtype=torch.float32))
+
+    def to_z(self, levels: Tensor) -> Tensor:
+        """The posterior mean. uint8 [B, 3, 32, 32] -> [B, C, 8, 8]."""
+        return self.encoder(self.to_x(levels))[0]
+
+    def to_images(self, z: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """Pictures of z, [B, C, 8, 8], by title: uint8 [B, 3, 32, 32]."""
+        return {"x ~ p(x|z)": self.decoder.sample(z, noise)}
+
+
+def make_model(args: argparse.Namespace) -> LossyVAE:
+    return LossyVAE(args.latents, args.receptive_field, args.prior)
+
+
+# ------------------------------------------------------------------------------------------------------ the answers
+
+
+def compare_receptive_fields(splits: dict[str, Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Test bounds of models that differ in receptive field or in having a code at all, all on the same small budget."""
+    rows = []
+    for receptive_field, latents in TABLE:
+        latents = args.latents if latents is None else latents
+        print(f"receptive field {receptive_field}, {latents} latent channels:")
+        changes = {"receptive_field": receptive_field, "latents": latents, "epochs": args.table_epochs}
+        row_args = argparse.Namespace(**{**vars(args), **changes})
+        torch.manual_seed(args.seed)
+        model = make_model(row_args).to(args.device).to(memory_format=torch.channels_last)
+        fit(model, splits, row_args, free_bits=args.free_bits)
+        rows.append({**changes, **evaluate_splits(model, splits)["test"]})
+    return rows
+
+
+def table_text(rows: list[dict[str, Any]]) -> str:
+    """The receptive-field table, and what moved between its two parts, from the rows alone."""
+    lines = "\n".join(
+        f"| {r['receptive_field']} | {r['latents'] or 'none'} | {r['neg_elbo_bpd']:.4f} ± {r['neg_elbo_se_bpd']:.4f} "
+        f"| {r['kl_bpd']:.4f} | {r['recon_bpd']:.4f} |"
+        for r in rows
+    )
+    coded = [r for r in rows if r["latents"]]
+    falls = all(a["kl_bpd"] > b["kl_bpd"] for a, b in itertools.pairwise(coded))
+    verdict = (
+        "The more of its neighbours a pixel sees, the less went into z: the KL falls in every row."
+        if falls
+        else "Here the KL does not fall with every step of the receptive field: this budget does not show the trade."
+    )
+    return f"""
+| pixels seen above and left | latent channels | −ELBO, bits/dim | KL: the code | decoder: the rest |
+|---|---|---|---|---|
+{lines}
+
+{rows[0]["epochs"]} epochs each, the same batches; test. {verdict} From {coded[0]["receptive_field"]} to
+{coded[-1]["receptive_field"]} the code changed by {coded[-1]["kl_bpd"] - coded[0]["kl_bpd"]:+.4f} and the decoder term
+by {coded[-1]["recon_bpd"] - coded[0]["recon_bpd"]:+.4f} bits/dim. The last row has no code: its PixelCNN is alone.
+"""
+
+
+def finish(args: argparse.Namespace, model: LossyVAE, splits: dict[str, Tensor], metrics: dict, out: Path) -> str:
+    """lossy.png, the receptive-field table, and the part of the report that holds them."""
+    shown = spread(splits["test"], 10)
+    z, few = model.to_z(shown), torch.arange(len(shown), device=shown.device)
+    draws = {f"x ~ p(x|z), draw {k} of one z": model.decoder.sample(z, Noise.fixed(few, seed=k)) for k in (1, 2, 3)}
+    title = f"Lossy: what z keeps, and what the PixelCNN redraws; receptive field {args.receptive_field}, "
+    panels = {"test images": shown, **draws}
+    plot_tiles(panels, len(shown), title + metrics["data"]["name"], out / "lossy.png", stacked=True)
+    metrics["receptive_fields"] = compare_receptive_fields(splits, args) if args.table_epochs else []
+    bound = metrics["final"]["test"]["neg_elbo_bpd"]
+    positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
+    table = table_text(metrics["receptive_fields"]) if args.table_epochs else "\nNot run: `--table-epochs 0`.\n"
+    return f"""
+## Lossy reconstructions
+
+![lossy](lossy.png)
+
+The code of a test image holds {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position
+of the 8 x 8 grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the
+prior. The remedy is `--free-bits`, bits/dim of KL that training does not charge for; here {args.free_bits:g}.
+
+## What goes into z, and what the receptive field leaves to it
+{table}"""
+
+
+def flags(add: Callable[..., Any]) -> None:
+    """The flags that only this script has."""
+    add("--receptive-field", type=number(int, 1, 15), help="rows above, and columns to each side, that a pixel sees")
+    add("--prior", choices=tuple(PRIORS), help="of z")
+    add("--free-bits", type=number(float, 0, 8), help="bits/dim of KL that training does not charge for")
+    add("--table-epochs", type=number(int, 0, 10**9), help="of each row of the receptive-field table; 0: no table")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, out = parse_args("bonus", argv, DEFAULTS, SMOKE, images=True, more=flags)
+    if args.table_epochs is None:
+        args.table_epochs = -(-args.epochs // 5)
+    heading = f"bonus: a lossy VAE, PixelCNN decoder of receptive field {args.receptive_field}, {args.prior} prior"
+    run_images("bonus", args, out, make_model, heading, functools.partial(finish, args))
+
+
+if __name__ == "__main__" and not in_notebook():
+    main()
