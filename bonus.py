@@ -60,15 +60,23 @@ def split_params(params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logits[:, 0], mu, bounded_log_std(raw - 3), torch.tanh(coefficients)  # scales start near 6 levels
 
 
+def add_to_means(params: Tensor, x: Tensor) -> Tensor:
+    """Add x [B, 3, ...] to the means of all K components in params [B, 10 K, ...]; in float32 or wider."""
+    shift = torch.cat([torch.zeros_like(x[:, :1]), x, torch.zeros_like(x), torch.zeros_like(x)], 1)  # (B, 10, ...)
+    return (at_least_fp32(params).unflatten(1, (10, -1)) + shift[:, :, None]).flatten(1, 2)
+
+
 def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> Tensor:
     """log P of pixels under a mixture each, the colours of a component in the order R -> G -> B, summed over pixels.
 
-    A component's mean of G is moved by c0 R, its mean of B by c1 R + c2 G, with R and G the true levels' bin centres in
-    [-1, 1]: so the three colours are one joint distribution (Salimans et al. 2017, arXiv:1701.05517, section 2.2).
+    A component's mean of G is moved by c0 (R - mu_R), its mean of B by c1 (R - mu_R) + c2 (G - mu_G), with R and G the
+    true levels' bin centres in [-1, 1]: so the three colours are one joint distribution (Salimans et al. 2017,
+    arXiv:1701.05517, section 2.2; there without the subtraction, which is the same family in other coordinates).
     levels [B, 3, H, W] integers, params [B, 10 K, H, W] -> [B], nats.
     """
     logits, mu, log_scale, (c0, c1, c2) = *(t := split_params(params))[:3], t[3].unbind(2)
-    r, g, _ = ((levels + 0.5) * (2 / num_levels) - 1)[:, None].unbind(2)  # each (B, 1, H, W)
+    x = ((levels + 0.5) * (2 / num_levels) - 1)[:, None]
+    r, g, _ = (x - mu).unbind(2)  # each (B, K, H, W)
     mu = mu + torch.stack([torch.zeros_like(c0), c0 * r, c1 * r + c2 * g], 2)
     log_p = logistic_log_prob(levels[:, None], mu, log_scale, num_levels).sum(2)  # (B, K, H, W)
     return sum_dims(torch.logsumexp(F.log_softmax(logits, 1) + log_p, 1))
@@ -89,8 +97,8 @@ def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
         return dequantise(quantise(x), torch.full_like(x, 0.5))
 
     r = draw(0, torch.zeros_like(mu[0]))
-    g = draw(1, c[0] * r)
-    return torch.stack([r, g, draw(2, c[1] * r + c[2] * g)], 1)
+    g = draw(1, c[0] * (r - mu[0]))
+    return torch.stack([r, g, draw(2, c[1] * (r - mu[0]) + c[2] * (g - mu[1]))], 1)
 
 
 # -------------------------------------------------------------------------------------------------------- the model
@@ -100,13 +108,20 @@ class LocalPixelCNN(nn.Module):
     """Mixture parameters of every pixel, from z and from its neighbours before it in raster order.
 
     One masked convolution sees `receptive_field` rows above and as many columns to each side (in the paper's notation
-    3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen.
+    3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen. The means are
+    corrections to a linear prediction from the same neighbours, which stays in fp32: bf16's 8 bits would blur levels.
     """
 
     def __init__(self, latent_channels: int, receptive_field: int):
         super().__init__()
         self.trunk = ConvDecoder(latent_channels, WIDTH).net if latent_channels else None
-        self.first = MaskedConv2d("A", 3, WIDTH, 2 * receptive_field + 1)
+        size = 2 * receptive_field + 1
+        self.first, self.linear = MaskedConv2d("A", 3, WIDTH, size), MaskedConv2d("A", 3, 3, size)
+        with torch.no_grad():  # start from the average of the pixels to the left and above
+            self.linear.weight.zero_()
+            for c in range(3):
+                self.linear.weight[c, c, receptive_field, receptive_field - 1] = 0.5
+                self.linear.weight[c, c, receptive_field - 1, receptive_field] = 0.5
         blocks = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)]
         self.rest = nn.Sequential(*blocks, nn.ReLU(), nn.Conv2d(WIDTH, 10 * COMPONENTS, 1))
 
@@ -116,7 +131,9 @@ class LocalPixelCNN(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x [B, 3, 32, 32] in [-1, 1], z [B, C, 8, 8] -> [B, 10 K, 32, 32]."""
-        return self.rest(self.first(x) + self.features(z))
+        with torch.autocast(x.device.type, enabled=False):
+            linear = self.linear(x)
+        return add_to_means(self.rest(self.first(x) + self.features(z)), linear)
 
     @torch.no_grad()
     def sample(self, z: Tensor, noise: Noise, slope: int | None = None) -> Tensor:
@@ -124,12 +141,13 @@ class LocalPixelCNN(nn.Module):
 
         Only the new positions are computed, in float64: any valid slope draws the same levels.
         """
-        first, rest, features = exact(self.first), exact(self.rest), self.features(z)
+        first, linear, rest, features = exact(self.first), exact(self.linear), exact(self.rest), self.features(z)
         u = noise.uniform(COMPONENTS + 3, 32, 32).to(first.weight) + 2.0**-25  # to the middle of its 24-bit bin
         x = u.new_zeros(len(z), 3, 32, 32)
         for i, j in wavefronts(32, 32, slope or wavefront_slope(self.first)):
             h = first.at(x, i, j) + features[:, :, i, j, None].to(x)  # (B, WIDTH, P, 1)
-            x[:, :, i, j] = mixture_sample(rest(h), u[:, :, i, j, None])[..., 0]
+            params = add_to_means(rest(h), linear.at(x, i, j))
+            x[:, :, i, j] = mixture_sample(params, u[:, :, i, j, None])[..., 0]
         return quantise(x).to(z.device)
 
 

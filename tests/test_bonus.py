@@ -81,8 +81,10 @@ def test_uniform_mixture_is_8_bits_per_dim():
 
 
 def test_samples_follow_log_prob():
-    """-log P of samples averages to the entropy by summation over all colours, on 256 levels and one channel."""
+    """Red by its own distribution, level by level; all three colours by the mean of log P against its sum."""
     params = mixture_params(1, 1, 1).double()
+    params[:, 10:] *= 0.3
+    params[:, 40:70] += 1.5  # wide enough for sums by importance
     n = 20_000
     noise = Noise.fixed(torch.arange(n), 0).uniform(13, 1, 1).double() + 2.0**-25
     x = mixture_sample(params.expand(n, -1, -1, -1), noise)
@@ -95,13 +97,13 @@ def test_samples_follow_log_prob():
     big = p_red * n > 20
     chi2 = ((counts - n * p_red) ** 2 / (n * p_red))[big].sum().item()
     assert abs(chi2 - big.sum().item()) < 5 * math.sqrt(2 * big.sum().item())
-    # all three colours: the mean of log P over samples equals sum P log P; the sum by importance from uniform colours
+    # the sum over all 256^3 colours of P log P, by importance from uniform ones
     log_p = mixture_log_prob(levels, params.expand(n, -1, -1, -1))
     uniform = torch.randint(0, 256, (200_000, 3, 1, 1))
     log_q = mixture_log_prob(uniform, params.expand(200_000, -1, -1, -1))
     terms = 256.0**3 * log_q.exp() * log_q
     se = math.hypot(log_p.std().item() / n**0.5, terms.std().item() / 200_000**0.5)
-    assert abs(log_p.mean().item() - terms.mean().item()) < 4 * se < 0.2
+    assert abs(log_p.mean().item() - terms.mean().item()) < 4 * se < 0.3
 
 
 # ------------------------------------------------------------------------------------------------- what a pixel sees
