@@ -29,9 +29,9 @@ from core import (
 )  # fmt: skip
 
 COMPONENTS = 10  # logistics in a pixel's mixture
-WIDTH, DEPTH = 128, 4  # channels and gated blocks of the PixelCNN
+WIDTH, DEPTH = 128, 2  # channels and gated blocks of the PixelCNN
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
-DEFAULTS = {**IMAGE_DEFAULTS, "receptive_field": 3, "prior": "flow", "free_bits": 0.0}
+DEFAULTS = {**IMAGE_DEFAULTS, "lr": 4e-3, "receptive_field": 3, "prior": "flow", "free_bits": 0.02}
 SMOKE = {**IMAGE_SMOKE, "table_epochs": 1}
 TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
 

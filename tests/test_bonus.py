@@ -155,7 +155,9 @@ def test_colours_see_each_other_in_the_order_r_g_b():
 def test_slopes_are_derived_from_the_masks():
     assert [wavefront_slope(MaskedConv2d("A", 1, 1, k)) for k in (1, 3, 5, 7)] == [1, 2, 3, 4]
     assert wavefront_slope(FlowPrior((2, 8, 8), 8)) == 2
-    assert wavefront_slope(nn.Sequential(MaskedConv2d("A", 1, 1, 3), MaskedResidual(1), MaskedConv2d("B", 1, 1, 5))) == 3
+    assert (
+        wavefront_slope(nn.Sequential(MaskedConv2d("A", 1, 1, 3), MaskedResidual(1), MaskedConv2d("B", 1, 1, 5))) == 3
+    )
     assert [len(wavefronts(32, 32, k)) for k in (2, 3, 4, 32)] == [94, 125, 156, 1024]
     assert [len(wavefronts(8, 8, k)) for k in (2, 8)] == [22, 64]
     raster = [(i.item(), j.item()) for i, j in wavefronts(3, 4, 4)]

@@ -9,17 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import core
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("q1a", "q1b", "q2a", "q2b")
+SCRIPTS = ("q1a", "q1b", "q2a", "q2b", "bonus")
 FIGURES = {
     "q1a": {"curves", "samples"}, "q1b": {"curves", "samples", "latents"},
     "q2a": {"curves", "samples", "interpolations", "reconstructions"},
     "q2b": {"curves", "samples", "interpolations", "reconstructions"},
+    "bonus": {"curves", "samples", "interpolations", "reconstructions", "lossy"},
 }  # fmt: skip
 BOUND = {"neg_elbo_bpd", "neg_elbo_se_bpd", "kl_bpd", "recon_bpd"}
 
@@ -72,7 +74,11 @@ def test_smoke_run_leaves_all_its_files(smoke, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_metrics_say_what_ran_on_what_and_are_finite(smoke, script):
     metrics = results(smoke[0], script)
-    assert set(metrics) == {"script", "args", "data", "env", "params", "seconds", "curves", "final"}
+    more = {"q2a": {"test_kl_per_position_bits"}, "bonus": {"test_kl_per_position_bits", "receptive_fields"}}
+    more["q2b"] = more["q2a"]
+    assert set(metrics) - more.get(script, set()) == {
+        "script", "args", "data", "env", "params", "seconds", "curves", "final",
+    }  # fmt: skip
     assert metrics["script"] == script and metrics["args"]["seed"] == 0
     assert {"torch", "device", "python"} <= set(metrics["env"])
     described = metrics["data"]["data1"] if script == "q1a" else metrics["data"]
@@ -105,7 +111,7 @@ def test_metrics_of_q1b(smoke):
         assert model["test"]["neg_elbo_bpd"] > model["test"]["floor_bpd"]
 
 
-@pytest.mark.parametrize("script", ("q2a", "q2b"))
+@pytest.mark.parametrize("script", ("q2a", "q2b", "bonus"))
 def test_metrics_of_question_2(smoke, script):
     metrics = results(smoke[0], script)
     assert "synthetic" in metrics["data"]["name"]
@@ -117,6 +123,52 @@ def test_metrics_of_question_2(smoke, script):
             assert len(metrics["curves"][split][key]) == len(metrics["curves"]["epoch"])
             assert metrics["curves"][split][key][best] == pytest.approx(metrics["final"][split][key], abs=1e-5)
     assert "synthetic" in (smoke[0] / script / "report.md").read_text("utf-8")
+
+
+def test_bonus_compares_receptive_fields_on_one_budget(smoke):
+    metrics = results(smoke[0], "bonus")
+    rows = metrics["receptive_fields"]
+    assert [(r["receptive_field"], r["latents"]) for r in rows] == [(1, 4), (2, 4), (3, 4), (3, 0)]
+    assert rows[-1]["kl_bpd"] == 0 and all(r["kl_bpd"] > 0 for r in rows[:-1])
+    report = (smoke[0] / "bonus" / "report.md").read_text("utf-8")
+    for r in rows:
+        check_bound(r)
+        assert f"| {r['neg_elbo_bpd']:.4f} ±" in report
+    import bonus
+
+    rising = [{**r, "kl_bpd": kl} for r, kl in zip(rows, (0.1, 0.2, 0.3, 0), strict=True)]
+    falling = [{**r, "kl_bpd": kl} for r, kl in zip(rows, (0.3, 0.2, 0.1, 0), strict=True)]
+    assert "falls in every row" in bonus.table_text(falling) and "does not fall" in bonus.table_text(rising)
+
+
+@pytest.mark.parametrize("script", ("q2a", "q2b", "bonus"))
+def test_evaluate_gives_the_trained_models_bound_on_any_file_and_trains_nothing(smoke, script, tmp_path):
+    module, checkpoint = __import__(script), smoke[0] / script / "checkpoint.pt"
+    reported, before = results(smoke[0], script), checkpoint.read_bytes()
+    args = core.parse_args(script, ["--smoke", "--out", str(tmp_path)], core.IMAGE_DEFAULTS, core.IMAGE_SMOKE, True)[0]
+    test = core.load_images(args).splits["test"].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "test.npz", test=test)  # the one split that is needed
+    flags = ["--data", str(tmp_path / "test.npz"), "--out", str(tmp_path), "--device", "cpu", "--evaluate"]
+    module.main([*flags, str(checkpoint)])
+    metrics = json.loads((tmp_path / script / "evaluate" / "metrics.json").read_text("utf-8"))
+    expected = reported["final"]["test"]["neg_elbo_bpd"]
+    assert metrics["final"]["test"]["neg_elbo_bpd"] == pytest.approx(expected, abs=1e-5)
+    assert checkpoint.read_bytes() == before and {p.name for p in (tmp_path / script).iterdir()} == {"evaluate"}
+    np.savez(tmp_path / "test.npz", test=255 - test)  # control: other images have another bound
+    module.main([*flags, str(checkpoint)])
+    metrics = json.loads((tmp_path / script / "evaluate" / "metrics.json").read_text("utf-8"))
+    assert abs(metrics["final"]["test"]["neg_elbo_bpd"] - expected) > 0.01
+
+
+def test_evaluate_refuses_what_is_no_checkpoint_of_this_script(smoke, tmp_path, capsys):
+    import q2a
+
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    for path, culprit in ((tmp_path / "broken.pt", "broken.pt"), (smoke[0] / "q2b" / "checkpoint.pt", "q2b")):
+        with pytest.raises(SystemExit) as stop:
+            q2a.main(["--evaluate", str(path), "--data", "synthetic", "--limit", "20", "--out", str(tmp_path)])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1 and culprit in message
 
 
 def test_2b_report_compares_with_2a_of_the_same_arguments_only(smoke, tmp_path):
@@ -224,11 +276,13 @@ def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkey
 
 def test_every_command_in_the_readme_parses(monkeypatch):
     monkeypatch.setattr(core, "make_folder", lambda path: path)
-    commands = re.findall(r"python (q\w+)\.py([^`\n#&|]*)", (ROOT / "README.md").read_text("utf-8"))
+    import bonus
+
+    commands = re.findall(r"python (q\w+|bonus)\.py([^`\n#&|]*)", (ROOT / "README.md").read_text("utf-8"))
     assert {script for script, _ in commands} >= set(SCRIPTS)
     for script, flags in commands:
         flags = [] if "…" in flags else shlex.split(flags)
-        core.parse_args(script, flags, {}, {}, images=script.startswith("q2"))
+        core.parse_args(script, flags, {}, {}, images=not script.startswith("q1"), more=bonus.flags)
     with pytest.raises(SystemExit):
         core.parse_args("q2b", ["--epoch", "1"], {}, {}, images=True)
 
