@@ -28,10 +28,11 @@ from core import (
     parse_args, plot_tiles, quantise, run_images, spread, sum_dims, wavefront_slope, wavefronts,
 )  # fmt: skip
 
+GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
 COMPONENTS = 10  # logistics in a pixel's mixture
-WIDTH, DEPTH = 128, 2  # channels and gated blocks of the PixelCNN
+WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
-DEFAULTS = {**IMAGE_DEFAULTS, "lr": 4e-3, "receptive_field": 3, "prior": "flow", "free_bits": 0.02}
+DEFAULTS = {**IMAGE_DEFAULTS, "lr": 2e-3, "receptive_field": 3, "prior": "flow", "free_bits": 0.02}
 SMOKE = {**IMAGE_SMOKE, "table_epochs": 1}
 TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
 
@@ -108,22 +109,24 @@ class LocalPixelCNN(nn.Module):
     """Mixture parameters of every pixel, from z and from its neighbours before it in raster order.
 
     One masked convolution sees `receptive_field` rows above and as many columns to each side (in the paper's notation
-    3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen. The means are
-    corrections to a linear prediction from the same neighbours, which stays in fp32: bf16's 8 bits would blur levels.
+    3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen. Neighbouring
+    pixels are nearly equal, and what is new is in their small differences. So the convolution sees differences only
+    (the level itself enters through the average below), and the means are corrections to the average of the pixels
+    to the left and above, added in fp32: bf16's 8 bits would blur the levels.
     """
 
     def __init__(self, latent_channels: int, receptive_field: int):
         super().__init__()
         self.trunk = ConvDecoder(latent_channels, WIDTH).net if latent_channels else None
-        size = 2 * receptive_field + 1
-        self.first, self.linear = MaskedConv2d("A", 3, WIDTH, size), MaskedConv2d("A", 3, 3, size)
-        with torch.no_grad():  # start from the average of the pixels to the left and above
-            self.linear.weight.zero_()
-            for c in range(3):
-                self.linear.weight[c, c, receptive_field, receptive_field - 1] = 0.5
-                self.linear.weight[c, c, receptive_field - 1, receptive_field] = 0.5
-        blocks = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)]
-        self.rest = nn.Sequential(*blocks, nn.ReLU(), nn.Conv2d(WIDTH, 10 * COMPONENTS, 1))
+        self.first = MaskedConv2d("A", 3, WIDTH, 2 * receptive_field + 1, differences=True)
+        self.average, self.level = MaskedConv2d("A", 3, 3, 3).requires_grad_(False), nn.Conv2d(3, WIDTH, 1)
+        blocks, last = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)], nn.Conv2d(WIDTH, 10 * COMPONENTS, 1)
+        self.rest = nn.Sequential(*blocks, nn.ReLU(), last)
+        with torch.no_grad():
+            for parameter in (*self.average.parameters(), *last.parameters()):
+                parameter.zero_()
+            self.average.weight[range(3), range(3), 1, 0] = self.average.weight[range(3), range(3), 0, 1] = 0.5
+            last.get_parameter("bias")[4 * COMPONENTS : 7 * COMPONENTS] = torch.linspace(-3, 1, COMPONENTS).repeat(3)
 
     def features(self, z: Tensor) -> Tensor:
         """[B, C, 8, 8] -> [B, WIDTH, 32, 32]; zeros where there is no code."""
@@ -132,8 +135,8 @@ class LocalPixelCNN(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x [B, 3, 32, 32] in [-1, 1], z [B, C, 8, 8] -> [B, 10 K, 32, 32]."""
         with torch.autocast(x.device.type, enabled=False):
-            linear = self.linear(x)
-        return add_to_means(self.rest(self.first(x) + self.features(z)), linear)
+            average = self.average(x)
+        return add_to_means(self.rest(self.first(GAIN * x) + self.level(average) + self.features(z)), average)
 
     @torch.no_grad()
     def sample(self, z: Tensor, noise: Noise, slope: int | None = None) -> Tensor:
@@ -141,13 +144,14 @@ class LocalPixelCNN(nn.Module):
 
         Only the new positions are computed, in float64: any valid slope draws the same levels.
         """
-        first, linear, rest, features = exact(self.first), exact(self.linear), exact(self.rest), self.features(z)
+        first, average, level, rest = (exact(net) for net in (self.first, self.average, self.level, self.rest))
+        features = self.features(z)
         u = noise.uniform(COMPONENTS + 3, 32, 32).to(first.weight) + 2.0**-25  # to the middle of its 24-bit bin
         x = u.new_zeros(len(z), 3, 32, 32)
-        for i, j in wavefronts(32, 32, slope or wavefront_slope(self.first)):
-            h = first.at(x, i, j) + features[:, :, i, j, None].to(x)  # (B, WIDTH, P, 1)
-            params = add_to_means(rest(h), linear.at(x, i, j))
-            x[:, :, i, j] = mixture_sample(params, u[:, :, i, j, None])[..., 0]
+        for i, j in wavefronts(32, 32, slope or wavefront_slope(self)):
+            mean = average.at(x, i, j)  # (B, 3, P, 1)
+            h = first.at(GAIN * x, i, j) + level(mean) + features[:, :, i, j, None].to(x)  # (B, WIDTH, P, 1)
+            x[:, :, i, j] = mixture_sample(add_to_means(rest(h), mean), u[:, :, i, j, None])[..., 0]
         return quantise(x).to(z.device)
 
 

@@ -374,23 +374,32 @@ def causal_mask(mask_type: str, size: int) -> Tensor:
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A 'same' convolution of odd size that sees only earlier positions; every input channel of a position alike."""
+    """A 'same' convolution of odd size that sees only earlier positions; every input channel of a position alike.
+
+    differences: each channel's taps are made to sum to 0, so that only differences between positions are seen.
+    """
 
     mask: Tensor
 
-    def __init__(self, mask_type: str, in_channels: int, out_channels: int, size: int):
+    def __init__(self, mask_type: str, in_channels: int, out_channels: int, size: int, differences: bool = False):
         super().__init__(in_channels, out_channels, size, padding=size // 2)
         self.register_buffer("mask", causal_mask(mask_type, size))
+        self.differences = differences
+
+    def kernel(self) -> Tensor:
+        """The weights in effect, [out_channels, in_channels, size, size]."""
+        kernel = self.weight * self.mask
+        return kernel - self.mask * (kernel.sum((2, 3), keepdim=True) / self.mask.sum()) if self.differences else kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
+        return self._conv_forward(x, self.kernel(), self.bias)
 
     def at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """`forward(x)` at P positions only: x [B, C, H, W], rows and columns int64 [P] -> [B, out_channels, P, 1]."""
         half = self.mask.shape[0] // 2
         i, j = self.mask.nonzero().T  # the T taps that the mask lets through
         seen = F.pad(x, (half, half, half, half))[:, :, rows[:, None] + i, columns[:, None] + j]  # (B, C, P, T)
-        out = torch.einsum("bcpt,oct->bop", seen, self.weight[:, :, i, j])
+        out = torch.einsum("bcpt,oct->bop", seen, self.kernel()[:, :, i, j])
         return (out if self.bias is None else out + self.bias[:, None])[..., None]
 
 
@@ -482,7 +491,7 @@ class FlowPrior(StandardNormal):
 def exact(net: Any) -> Any:
     """A copy of a network in float64; on the CPU where the device has no float64."""
     net = copy.deepcopy(net)
-    return net.cpu().double() if next(net.parameters()).device.type == "mps" else net.double()
+    return (net.cpu() if any(p.device.type == "mps" for p in net.parameters()) else net).double()
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -687,6 +696,42 @@ def kl_per_position(model: Any, levels: Tensor) -> list[list[float]]:
         kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.shift_and_scale(z))
         total += kl.sum((0, 1)).cpu().double()
     return bits_per_dim(total / len(levels), 1).tolist()
+
+
+def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds on I(x; z), what z tells about x, from M examples and one z ~ q(z|x) each; [M], nats.
+
+    log q(z_m|x_m) - log q(z_m), with q(z_m) estimated by the mean of q(z_m|x_j) over all j (in expectation a lower
+    bound, never above log M) or over all j but m (an upper bound): Poole et al. 2019, arXiv:1905.06922, section 2.
+    KL = I(x; z) + KL(q(z) || p(z)) (Hoffman & Johnson 2016), so KL minus these bounds the aggregated posterior's
+    distance from the prior. z, mu, log_std: [M, ...].
+    """
+    z, mu, log_std = (t.flatten(1).double() for t in (z, mu, log_std))
+    own, rows = normal_log_prob(z, mu, log_std), []
+    for i in torch.arange(len(z), device=z.device).split(max(1, 10**7 // mu.numel())):
+        each = normal_log_density(z[i, None], mu, log_std).sum(2)  # (some, M): log q(z_m|x_j)
+        others = each.clone()
+        others[torch.arange(len(i)), i] = -math.inf
+        rows.append(torch.stack([torch.logsumexp(each, 1), torch.logsumexp(others, 1)]))
+    everyone, others = torch.cat(rows, 1)
+    return own - everyone + math.log(len(z)), own - others + math.log(len(z) - 1)
+
+
+def check_prior(prior: StandardNormal) -> float:
+    """How far log_prob is from log N(eps; 0, I) + log |det d eps / d z| at a z that the prior drew; nats, about 0.
+
+    Computed by other means: torch.distributions and autograd's Jacobian, in float64. A log-determinant that was
+    dropped, or a prior of the wrong variance, cannot pass.
+    """
+    prior = exact(prior)
+    device = next((p.device for p in prior.parameters()), torch.device("cpu"))
+    z = prior.sample(Noise.fixed(torch.arange(1, device=device), seed=4)).double()
+    if not z.numel():
+        return 0.0
+    jacobian = torch.func.jacrev(lambda z: prior.z_to_eps(z)[0], chunk_size=256)(z).reshape(z.numel(), z.numel())
+    eps = prior.z_to_eps(z)[0]
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(eps).sum() + torch.linalg.slogdet(jacobian)[1]
+    return (prior.log_prob(z) - expected).abs().item()
 
 
 def one_cycle(step: int, total: int) -> float:
