@@ -441,3 +441,28 @@ def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
     assert max(rates) == rates[100] == 1 and rates[0] == 0 and rates[-1] == pytest.approx(0)
     assert all(b > a for a, b in itertools.pairwise(rates[:101]))
     assert all(b < a for a, b in itertools.pairwise(rates[100:]))
+
+
+def test_information_bounds_close_on_the_truth_where_it_is_known():
+    """x ~ N(0, 25), z = posterior of a linear-Gaussian model: I(x; z) = ln 5; a deaf posterior tells nothing."""
+    x = 5 * torch.randn(4000, 1)
+    mu, log_std = x / 5 * math.sqrt(24 / 25), torch.full_like(x, -math.log(5))
+    z = mu + log_std.exp() * torch.randn_like(mu)
+    lower, upper = core.information_bounds(z, mu, log_std)
+    se = lower.std().item() / math.sqrt(4000)
+    assert lower.shape == (4000,) and lower.mean() <= upper.mean() < lower.mean() + 0.02
+    assert lower.mean().item() == pytest.approx(math.log(5), abs=4 * se) and 4 * se < 0.1
+    few = core.information_bounds(z[:3], mu[:3], log_std[:3])
+    assert few[0].mean() <= math.log(3) < upper.mean() + 0.5  # from few examples the lower bound is capped
+    deaf = core.information_bounds(torch.randn(50, 2), torch.zeros(50, 2), torch.zeros(50, 2))
+    assert deaf[0].abs().max() < 1e-9 and deaf[1].abs().max() < 1e-9
+
+
+def test_a_convolution_of_differences_does_not_see_the_level():
+    conv = MaskedConv2d("A", 2, 3, 5, differences=True).double()
+    x = torch.randn(1, 2, 9, 9, dtype=torch.float64)
+    inner = conv(x + 0.7)[..., 2:-2, 2:-2] - conv(x)[..., 2:-2, 2:-2]
+    assert inner.abs().max() < 1e-12
+    plain = MaskedConv2d("A", 2, 3, 5).double()
+    assert (plain(x + 0.7) - plain(x))[..., 2:-2, 2:-2].abs().max() > 0.01
+    assert (conv.kernel()[:, :, conv.mask == 0] == 0).all()

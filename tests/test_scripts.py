@@ -1,5 +1,6 @@
 """The scripts as a user runs them: the real commands, the files they leave, bad input, and the notebook route."""
 
+import argparse
 import json
 import math
 import os
@@ -20,7 +21,7 @@ SCRIPTS = ("q1a", "q1b", "q2a", "q2b", "bonus")
 FIGURES = {
     "q1a": {"curves", "samples"}, "q1b": {"curves", "samples", "latents"},
     "q2a": {"curves", "samples", "interpolations", "reconstructions"},
-    "q2b": {"curves", "samples", "interpolations", "reconstructions"},
+    "q2b": {"curves", "samples", "interpolations", "reconstructions", "experiments", "samples_2a_2b"},
     "bonus": {"curves", "samples", "interpolations", "reconstructions", "lossy"},
 }  # fmt: skip
 BOUND = {"neg_elbo_bpd", "neg_elbo_se_bpd", "kl_bpd", "recon_bpd"}
@@ -74,8 +75,8 @@ def test_smoke_run_leaves_all_its_files(smoke, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_metrics_say_what_ran_on_what_and_are_finite(smoke, script):
     metrics = results(smoke[0], script)
-    more = {"q2a": {"test_kl_per_position_bits"}, "bonus": {"test_kl_per_position_bits", "receptive_fields"}}
-    more["q2b"] = more["q2a"]
+    images = {"test_kl_per_position_bits", "check_prior_nats"}
+    more = {"q2a": images, "q2b": images | {"against_2a"}, "bonus": images | {"receptive_fields"}}
     assert set(metrics) - more.get(script, set()) == {
         "script", "args", "data", "env", "params", "seconds", "curves", "final",
     }  # fmt: skip
@@ -154,7 +155,7 @@ def test_evaluate_gives_the_trained_models_bound_on_any_file_and_trains_nothing(
     expected = reported["final"]["test"]["neg_elbo_bpd"]
     assert metrics["final"]["test"]["neg_elbo_bpd"] == pytest.approx(expected, abs=1e-5)
     assert checkpoint.read_bytes() == before and {p.name for p in (tmp_path / script).iterdir()} == {"evaluate"}
-    np.savez(tmp_path / "test.npz", test=255 - test)  # control: other images have another bound
+    np.savez(tmp_path / "test.npz", test=test[:, ::-1, :, ::-1] // 2)  # control: other images have another bound
     module.main([*flags, str(checkpoint)])
     metrics = json.loads((tmp_path / script / "evaluate" / "metrics.json").read_text("utf-8"))
     assert abs(metrics["final"]["test"]["neg_elbo_bpd"] - expected) > 0.01
@@ -172,19 +173,80 @@ def test_evaluate_refuses_what_is_no_checkpoint_of_this_script(smoke, tmp_path, 
 
 
 def test_2b_report_compares_with_2a_of_the_same_arguments_only(smoke, tmp_path):
-    assert "2b − 2a" in (smoke[0] / "q2b" / "report.md").read_text("utf-8")
+    import q2b
+
+    report = (smoke[0] / "q2b" / "report.md").read_text("utf-8")
+    assert "change against 2a" in report and "(experiments.png)" in report
     a, b = (results(smoke[0], script) for script in ("q2a", "q2b"))
     for key in core.CURVE_KEYS:  # both start at the same bound
         assert a["curves"]["test"][key][0] == pytest.approx(b["curves"]["test"][key][0], abs=1e-6)
+    found = b["against_2a"]
+    expected = b["final"]["test"]["neg_elbo_bpd"] - a["final"]["test"]["neg_elbo_bpd"]
+    assert found["neg_elbo"]["bpd"] == pytest.approx(expected, abs=1e-5)
+    assert found["neg_elbo"]["bpd"] == pytest.approx(found["kl"]["bpd"] + found["recon"]["bpd"], abs=1e-6)
+    args = argparse.Namespace(**b["args"])
+    assert q2b.load_2a(args, b["data"], smoke[0] / "q2a")[0] is not None
+    for wrong, culprit in ((argparse.Namespace(**{**b["args"], "lr": 0.5}), "lr"), (args, "data")):
+        model, reason = q2b.load_2a(wrong, {}, smoke[0] / "q2a")
+        assert model is None and culprit in reason and "not compared" in reason
+    assert "no results of 2a" in q2b.load_2a(args, b["data"], tmp_path)[1]
+
+
+def test_verdict_of_2b_follows_the_measurements():
     import q2b
 
-    (tmp_path / "metrics.json").write_text(json.dumps({**a, "args": {**a["args"], "lr": 0.5}}))
-    assert "another lr: not compared" in q2b.comparison(b, tmp_path / "metrics.json")
-    (tmp_path / "metrics.json").write_text(json.dumps({**a, "data": {}}))
-    assert "another data: not compared" in q2b.comparison(b, tmp_path / "metrics.json")
-    (tmp_path / "metrics.json").write_text("{}")
-    for path in ("absent.json", "metrics.json"):
-        assert "no results of 2a" in q2b.comparison(b, tmp_path / path)
+    def found(total, alone):
+        changes = {"neg_elbo": total, "prior_alone": alone, "kl": total / 2, "recon": total / 2}
+        return {k: {"bpd": v, "se_bpd": 0.01} for k, v in changes.items()}
+
+    assert "lowers −ELBO" in q2b.verdict(found(-0.3, -0.1)) and "The rest, -0.2" in q2b.verdict(found(-0.3, -0.1))
+    assert "raises −ELBO" in q2b.verdict(found(0.3, 0.0))
+    assert "does not measurably change −ELBO" in q2b.verdict(found(-0.01, 0.0))
+
+
+def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference(smoke, tmp_path):
+    """Zero epochs: both models are the same. A deaf encoder: z tells nothing, and both priors are as good."""
+    import q2b
+
+    args = argparse.Namespace(**{**results(smoke[0], "q2b")["args"], "epochs": 0})
+    splits = {k: torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8) for k in core.SPLITS}
+    for deaf in (False, True):
+        models = []
+        for make in (q2b.make_2a, q2b.make_model):
+            torch.manual_seed(0)
+            models.append(make(args))
+            if deaf:
+                for parameter in models[-1].encoder.net[-1].parameters():
+                    torch.nn.init.zeros_(parameter)
+        found = q2b.experiments(args, *models, splits)
+        assert "does not measurably change −ELBO" in q2b.verdict(found)
+        assert "does not remove" in q2b.report(found)
+        if deaf:
+            assert found["2b"]["information_bits"] == pytest.approx([0, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("mistake", ["log-determinant dropped", "wrong variance"])
+def test_a_wrong_prior_is_found_by_the_runs_own_check(mistake, smoke):
+    class Dropped(core.FlowPrior):
+        def z_to_eps(self, z):
+            eps, log_det = super().z_to_eps(z)
+            return eps, 0 * log_det
+
+    class Wide(core.FlowPrior):
+        def log_prob(self, z):
+            return super().log_prob(z * math.exp(-0.5))
+
+    torch.manual_seed(0)
+    right = core.FlowPrior((2, 8, 8), 8)
+    torch.nn.init.normal_(right.net[-1].weight, 0, 0.1)
+    wrong = {"log-determinant dropped": Dropped, "wrong variance": Wide}[mistake]((2, 8, 8), 8)
+    wrong.load_state_dict(right.state_dict())
+    metrics = results(smoke[0], "q2b")
+    reports = [
+        core.image_report("x", {**metrics, "check_prior_nats": core.check_prior(p)}) for p in (right, wrong)
+    ]  # fmt: skip
+    assert core.check_prior(right) < 1e-9 and "CHECK FAILED" not in reports[0]
+    assert core.check_prior(wrong) > 0.1 and "CHECK FAILED" in reports[1]
 
 
 @pytest.mark.parametrize("script", ("q1a", "q2b"))
@@ -277,12 +339,14 @@ def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkey
 def test_every_command_in_the_readme_parses(monkeypatch):
     monkeypatch.setattr(core, "make_folder", lambda path: path)
     import bonus
+    import q2b
 
     commands = re.findall(r"python (q\w+|bonus)\.py([^`\n#&|]*)", (ROOT / "README.md").read_text("utf-8"))
     assert {script for script, _ in commands} >= set(SCRIPTS)
     for script, flags in commands:
         flags = [] if "…" in flags else shlex.split(flags)
-        core.parse_args(script, flags, {}, {}, images=not script.startswith("q1"), more=bonus.flags)
+        more = {"bonus": bonus.flags, "q2b": q2b.flags}.get(script, lambda add: None)
+        core.parse_args(script, flags, {}, {}, images=not script.startswith("q1"), more=more)
     with pytest.raises(SystemExit):
         core.parse_args("q2b", ["--epoch", "1"], {}, {}, images=True)
 
