@@ -19,7 +19,7 @@ import core
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("q1a", "q1b", "q2a", "q2b", "bonus")
 FIGURES = {
-    "q1a": {"curves", "samples"}, "q1b": {"curves", "samples", "latents"},
+    "q1a": {"curves", "samples", "evidence"}, "q1b": {"curves", "samples", "latents"},
     "q2a": {"curves", "samples", "interpolations", "reconstructions"},
     "q2b": {"curves", "samples", "interpolations", "reconstructions", "experiments", "samples_2a_2b"},
     "bonus": {"curves", "samples", "interpolations", "reconstructions", "lossy"},
@@ -98,6 +98,50 @@ def test_metrics_of_q1a(smoke):
     for bound in final.values():
         check_bound(bound)
         assert bound["neg_elbo_bpd"] > bound["floor_bpd"] - 0.01
+
+
+def test_q1a_says_that_the_code_is_used_only_where_taking_it_away_costs():
+    import q1a
+
+    points = torch.from_numpy(q1a.make_points("data2")[:4000]).float()
+    log_p = -q1a.cross_entropy("data2", points)
+    axis = torch.tensor([0.5**0.5, 0.5**0.5])
+    along = (points - torch.tensor([1.0, 2.0])) @ axis  # the long axis, std 5: the exact posterior is known
+
+    def encoder(x):  # the exact posterior for decoder noise 1: z1 = the long axis / 5, with std 1/5
+        mu = torch.stack([(x - torch.tensor([1.0, 2.0])) @ axis * 24**0.5 / 25, torch.zeros(len(x))], 1)
+        return mu, torch.tensor([[-math.log(5), 0.0]]).expand(len(x), 2)
+
+    def decoder(z):
+        return torch.tensor([1.0, 2.0]) + 24**0.5 * z[:, :1] * axis, torch.zeros(len(z), 1)
+
+    def deaf(x):
+        return torch.zeros(len(x), 2), torch.zeros(len(x), 2)
+
+    assert along.std() > 4.8
+    for listens, function in ((True, encoder), (False, deaf)):
+        model = core.VAE(Call(function), Call(decoder), core.StandardNormal((2,)))
+        found = q1a.look_into_code(model, points, log_p)
+        found |= {"long_axis_r2": 0.0, "short_axis_r2": 0.0, "least_kl_bpd": 1.16}
+        assert ("does not use" in q1a.answer("x", found)) != listens
+        lower, upper = found["information_bpd"]
+        if listens:  # the estimators against the closed form
+            exact = math.log2(25) / 4
+            assert lower - 4 * found["information_se_bpd"] <= exact <= upper + 4 * found["information_se_bpd"]
+            assert abs(found["kl_same_points_bpd"] - exact) < 0.05 and upper - lower < 0.01
+            assert abs(found["neg_iwae64_minus_floor_bpd"]) < 1e-5  # the bound is tight
+            assert found["decoder_stds"] == [1.0]
+        else:
+            assert lower == pytest.approx(0, abs=1e-9) and upper == pytest.approx(0, abs=1e-9)
+
+
+class Call(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def test_metrics_of_q1b(smoke):
