@@ -19,7 +19,7 @@ import core
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("q1a", "q1b", "q2a", "q2b", "bonus")
 FIGURES = {
-    "q1a": {"curves", "samples", "evidence"}, "q1b": {"curves", "samples", "latents"},
+    "q1a": {"curves", "samples", "evidence"}, "q1b": {"curves", "samples", "latents", "iwae"},
     "q2a": {"curves", "samples", "interpolations", "reconstructions"},
     "q2b": {"curves", "samples", "interpolations", "reconstructions", "experiments", "samples_2a_2b"},
     "bonus": {"curves", "samples", "interpolations", "reconstructions", "lossy"},
