@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 import urllib.error
 from collections.abc import Callable
@@ -937,7 +938,9 @@ def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, 
     grids = {name: make_grid(x.cpu(), columns, padding=2, pad_value=255) for name, x in panels.items()}
     h, w = (2 * n for n in next(iter(grids.values())).shape[1:])
     down, across = (len(grids), 1) if stacked else (1, len(grids))
-    width, height = across * (w + 20) + 20, down * (h + 35) + 75
+    width = across * (w + 20) + 20
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, width // 10)]  # 10 pixels a letter
+    height = down * (h + 35) + 30 + 22 * len(lines)
     fig = plt.figure(figsize=(width / DPI, height / DPI))
     for i, (name, grid) in enumerate(grids.items()):
         row, column = (i, 0) if stacked else (0, i)
@@ -946,7 +949,7 @@ def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, 
         ax.imshow(grid.permute(1, 2, 0), interpolation="nearest", aspect="auto")
         ax.set_title(name, fontsize=9)
         ax.axis("off")
-    fig.suptitle(title, fontsize=10, y=1 - 8 / height)
+    fig.suptitle("\n".join(lines), fontsize=10, y=1 - 8 / height)
     save_figure(fig, path)
 
 
