@@ -674,14 +674,20 @@ def evaluate(model: nn.Module, x: Tensor, batch_size: int | None = None, seed: i
 
 
 def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
-    """Means over examples, in bits/dim, and the standard error of the first: neg_elbo, its kl and its recon term."""
-    neg_elbo = bits_per_dim(terms.neg_elbo, num_dims)
+    """Means over examples, in bits/dim, and the standard errors of the first two: neg_elbo, its kl, its recon term."""
+    neg_elbo, kl = bits_per_dim(terms.neg_elbo, num_dims), bits_per_dim(terms.kl, num_dims)
     return {
         "neg_elbo_bpd": neg_elbo.mean().item(),
-        "neg_elbo_se_bpd": neg_elbo.std().item() / math.sqrt(len(neg_elbo)),
-        "kl_bpd": bits_per_dim(terms.kl.mean().item(), num_dims),
+        "neg_elbo_se_bpd": standard_error(neg_elbo),
+        "kl_bpd": kl.mean().item(),
+        "kl_se_bpd": standard_error(kl),
         "recon_bpd": bits_per_dim(terms.recon.mean().item(), num_dims),
     }
+
+
+def standard_error(x: Tensor) -> float:
+    """Of the mean of x [N], N independent values."""
+    return x.std().item() / math.sqrt(len(x))
 
 
 @torch.no_grad()

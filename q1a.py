@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core import (
     VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
-    in_notebook, information_bounds, iwae, parse_args, save_figure, split_points, write_results,
+    in_notebook, information_bounds, iwae, parse_args, save_figure, split_points, standard_error, write_results,
 )  # fmt: skip
 
 MEAN = np.array([1.0, 2.0])
@@ -96,11 +96,6 @@ def look_into_code(model: VAE, x: Tensor, log_p: Tensor) -> dict[str, Any]:
         "decoder_stds": model.decoder(z)[1].exp().mean(0).tolist(),
         "neg_iwae64_minus_floor_bpd": gap.mean().item(), "neg_iwae64_minus_floor_se_bpd": standard_error(gap),
     }  # fmt: skip
-
-
-def standard_error(x: Tensor) -> float:
-    """Of the mean of x [N]."""
-    return x.std().item() / math.sqrt(len(x))
 
 
 @torch.no_grad()
@@ -265,9 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             final[name] = {
                 **in_bits(terms, 2),
                 "floor_bpd": bits_per_dim(floor.mean().item(), 2),
-                "neg_elbo_minus_floor_se_bpd": bits_per_dim(
-                    (terms.neg_elbo - floor).std().item() / len(floor) ** 0.5, 2
-                ),
+                "neg_elbo_minus_floor_se_bpd": bits_per_dim(standard_error(terms.neg_elbo - floor), 2),
                 "least_kl_bpd": bits_per_dim(least_kl, 2),
                 "floor_stds": floor_stds,
                 **look_into_code(model, splits["test"], -floor),

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from core import (
     VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
-    in_notebook, information_bounds, iwae, normal_log_prob, parse_args, save_figure, split_points, write_results,
+    in_notebook, information_bounds, iwae, normal_log_prob, parse_args, save_figure, split_points,
+    standard_error, write_results,
 )  # fmt: skip
 
 CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc (2 cos t, -sin t), t in [0, pi]
@@ -113,11 +114,6 @@ def compare_bounds(model: VAE, x: Tensor) -> dict[str, Any]:
         "neg_iwae_minus_floor_bpd": [bits_per_dim(values - floor, 2).mean().item() for values in curve.values()],
         "neg_iwae_minus_floor_se_bpd": [standard_error(bits_per_dim(v - floor, 2)) for v in curve.values()],
     }
-
-
-def standard_error(x: Tensor) -> float:
-    """Of the mean of x [N]."""
-    return x.std().item() / math.sqrt(len(x))
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from core import (
     IMAGE_DEFAULTS, IMAGE_SMOKE, FlowPrior, ImageVAE, Noise, StandardNormal, Terms, bits_per_dim, evaluate, fit,
     in_notebook, information_bounds, kl_per_position, load_checkpoint, make_folder, normal_log_prob, parse_args,
-    plot_tiles, run_images, save_figure,
+    plot_tiles, run_images, save_figure, standard_error,
 )  # fmt: skip
 
 UNCOMPARED = ("out", "data_root", "compare", "evaluate")  # arguments in which 2a and 2b may differ
@@ -97,7 +97,7 @@ def neighbour_correlation(z: Tensor) -> dict[str, float]:
 def difference(a: Tensor, b: Tensor) -> dict[str, float]:
     """Mean of b - a over images and its standard error, from pairs. [N] nats each -> bits/dim."""
     d = bits_per_dim(b - a, 3072)
-    return {"bpd": d.mean().item(), "se_bpd": d.std().item() / math.sqrt(len(d))}
+    return {"bpd": d.mean().item(), "se_bpd": standard_error(d)}
 
 
 def experiments(args: argparse.Namespace, a: ImageVAE, b: ImageVAE, splits: dict[str, Tensor]) -> dict[str, Any]:
