@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from core import (
     IMAGE_DEFAULTS, IMAGE_SMOKE, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, MaskedConv2d, Noise,
     StandardNormal, at_least_fp32, bounded_log_std, dequantise, evaluate_splits, exact, fit, in_notebook, number,
-    parse_args, plot_tiles, quantise, run_images, spread, sum_dims, wavefront_slope, wavefronts,
+    parse_args, plot_tiles, quantise, run_images, save_figure, spread, sum_dims, wavefront_slope, wavefronts,
 )  # fmt: skip
 
 GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
@@ -245,6 +246,24 @@ From a receptive field of {first["receptive_field"]} to one of {last["receptive_
 """
 
 
+def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL against decoder term, one point for each row of the table."""
+    fig, ax = plt.subplots(figsize=(6, 4))
+    for r in rows:
+        label = f"{r['receptive_field']}" if r["latents"] else f"{r['receptive_field']}, no code"
+        ax.errorbar(r["kl_bpd"], r["recon_bpd"], xerr=r["kl_se_bpd"], fmt="o" if r["latents"] else "s", capsize=3)
+        ax.annotate(label, (r["kl_bpd"], r["recon_bpd"]), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    ax.set(xlabel="KL: the code, bits/dim (± 1 s.e.)", ylabel="decoder term, bits/dim")
+    ax.set_title(f"Receptive fields after {rows[0]['epochs']} epochs each, test", fontsize=10)
+    save_figure(fig, path)
+
+
+def nearest(samples: Tensor, train: Tensor) -> Tensor:
+    """For each sample the training image at the least squared distance. uint8 [S, ...], [N, ...] -> [S, ...]."""
+    distances = torch.cdist(samples.flatten(1).float(), train.flatten(1).float())
+    return train[distances.argmin(1)]
+
+
 def finish(args: argparse.Namespace, model: LossyVAE, splits: dict[str, Tensor], metrics: dict, out: Path) -> str:
     """lossy.png, the receptive-field table, and the part of the report that holds them."""
     shown = spread(splits["test"], 10)
@@ -253,10 +272,17 @@ def finish(args: argparse.Namespace, model: LossyVAE, splits: dict[str, Tensor],
     title = f"Lossy: what z keeps, and what the PixelCNN redraws; receptive field {args.receptive_field}, "
     panels = {"test images": shown, **draws}
     plot_tiles(panels, len(shown), title + metrics["data"]["name"], out / "lossy.png", stacked=True)
+    ten = torch.arange(10, device=shown.device)
+    samples = model.decoder.sample(model.prior.sample(Noise.fixed(ten, 1)), Noise.fixed(ten, 1))
+    panels = {"samples": samples, "their nearest training images": nearest(samples, splits["train"])}
+    plot_tiles(panels, 10, f"Not copies: {metrics['data']['name']}", out / "neighbours.png", stacked=True)
     metrics["receptive_fields"] = compare_receptive_fields(splits, args) if args.table_epochs else []
     bound = metrics["final"]["test"]["neg_elbo_bpd"]
     positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
-    table = table_text(metrics["receptive_fields"]) if args.table_epochs else "\nNot run: `--table-epochs 0`.\n"
+    table = "\nNot run: `--table-epochs 0`.\n"
+    if args.table_epochs:
+        plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
+        table = table_text(metrics["receptive_fields"]) + "\n![receptive fields](receptive_fields.png)\n"
     return f"""
 ## Lossy reconstructions
 
@@ -265,6 +291,10 @@ def finish(args: argparse.Namespace, model: LossyVAE, splits: dict[str, Tensor],
 The code of a test image holds {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position
 of the 8 x 8 grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the
 prior. The remedy is `--free-bits`, bits/dim of KL that training does not charge for; here {args.free_bits:g}.
+
+## Ten samples and the training images nearest to them
+
+![neighbours](neighbours.png)
 
 ## What goes into z, and what the receptive field leaves to it
 {table}"""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = [  # what goes wrong, file, right, wrong
     ("sum over dimensions becomes a mean", "core.py", "x.flatten(1).sum(1)", "x.flatten(1).mean(1)"),
     ("log std not subtracted", "core.py", "** 2 - log_std - 0.5", "** 2 - 0.5"),
-    ("log 2 pi counted twice", "core.py", "0.5 * math.log(2 * math.pi))", "math.log(2 * math.pi))"),
+    ("log 2 pi counted twice", "core.py", "- 0.5 * math.log(2 * math.pi)", "- math.log(2 * math.pi)"),
     ("variance where std was meant", "core.py", "(x - mu) * torch.exp(-log_std)) ** 2", "(x - mu) * torch.exp(-2 * log_std)) ** 2"),
     ("prior N(0, e)", "core.py", "torch.zeros_like(eps), torch.zeros_like(eps))", "torch.zeros_like(eps), torch.ones_like(eps) / 2)"),
     ("plain tanh on log stds", "core.py", "LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0", "LOG_STD_LOW, LOG_STD_HIGH = -1.0, 1.0"),
@@ -39,12 +39,12 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("mask B does not", "core.py", '+ (mask_type == "B")', ""),
     ("mask reversed", "core.py", "mask[:centre] = 1", "mask[centre + 1 :] = 1"),
     ("mask forgotten", "core.py", "self.weight * self.mask", "self.weight"),
-    ("weights overwritten by the mask", "core.py", "self._conv_forward(x, self.weight * self.mask, self.bias)", "self._conv_forward(x, self.weight.data.mul_(self.mask), self.bias)"),
+    ("weights overwritten by the mask", "core.py", "kernel = self.weight * self.mask", "kernel = self.weight.data.mul_(self.mask)"),
     ("first layer mask B", "core.py", 'MaskedConv2d("A", channels, width, 3)', 'MaskedConv2d("B", channels, width, 3)'),
     ("log-determinant dropped", "core.py", "torch.zeros_like(eps)) + log_det", "torch.zeros_like(eps))"),
     ("log-determinant with the wrong sign", "core.py", "torch.exp(-s), -sum_dims(s)", "torch.exp(-s), sum_dims(s)"),
     ("log-determinant summed over the batch", "core.py", "torch.exp(-s), -sum_dims(s)", "torch.exp(-s), -s.sum().expand(len(s))"),
-    ("flow inverse scales by exp(-s)", "core.py", "torch.exp(s[:, :, i, j]) * eps", "torch.exp(-s[:, :, i, j]) * eps"),
+    ("flow inverse scales by exp(-s)", "core.py", "t + torch.exp(bounded_log_std(raw)) * eps", "t + torch.exp(-bounded_log_std(raw)) * eps"),
     ("flow does not start as the identity", "core.py", "nn.init.zeros_(parameter)", "pass"),
     ("prior disturbs the networks", "core.py", "encoder, decoder = ConvEncoder", "make_prior((latent_channels, 8, 8))\n        encoder, decoder = ConvEncoder"),
     ("prior disturbs the batches", "core.py", "with torch.random.fork_rng(devices=[]):", "if True:"),
@@ -58,6 +58,18 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("pickles are opened", "core.py", "allow_pickle=False", "allow_pickle=True"),
     ("1A turned the other way", "q1a.py", "[[1, 1], [-1, 1]]", "[[1, -1], [1, 1]]"),
     ("arc without its weight", "q1b.py", "[1 / (3 * nodes)] * nodes", "[1 / nodes] * nodes"),
+    ("wavefront slope too small", "core.py", "e // -d + 1 for layer", "e // -d for layer"),
+    ("layers' earlier outputs forgotten", "core.py", "x[:, :, i, j] = F.relu(h[..., 0])", "x = torch.zeros_like(x); x[:, :, i, j] = F.relu(h[..., 0])"),
+    ("differences that keep the level", "core.py", "/ self.mask.sum())", "/ self.mask.numel())"),
+    ("information bound without log M", "core.py", "own - everyone + math.log(len(z))", "own - everyone"),
+    ("free bits charged for", "core.py", "kl.clamp(min=free_bits)", "kl"),
+    ("logistic without its tails", "bonus.py", "torch.where((levels == 0) | (levels == num_levels - 1), edges, inside)", "inside"),
+    ("logistic bins half as wide", "bonus.py", "torch.expm1(-step * sharpness)", "torch.expm1(-step * sharpness / 2)"),
+    ("colours in the wrong order", "bonus.py", "torch.stack([torch.zeros_like(c0), c0 * r, c1 * r + c2 * g], 2)", "torch.stack([c0 * g, torch.zeros_like(c0), c1 * r + c2 * g], 2)"),
+    ("sampled colours forget the colour before", "bonus.py", "g = draw(1, c[0] * (r - mu[0]))", "g = draw(1, torch.zeros_like(mu[1]))"),
+    ("samples left continuous", "bonus.py", "return dequantise(quantise(x), torch.full_like(x, 0.5))", "return x"),
+    ("component chosen without its noise", "bonus.py", "(logits - torch.log(-torch.log(u[:, :-3])))", "(logits)"),
+    ("pixel sees itself", "bonus.py", 'self.first = MaskedConv2d("A"', 'self.first = MaskedConv2d("B"'),
 ]  # fmt: skip
 
 
@@ -72,7 +84,7 @@ def main() -> None:
             if source.count(right) < 1:
                 raise SystemExit(f"{what}: the code no longer holds {right!r}")
             (Path(folder) / file).write_text(source.replace(right, wrong))
-            tests = ["tests/test_core.py", "tests/test_data.py"]
+            tests = ["tests/test_bonus.py", "tests/test_core.py", "tests/test_data.py"]
             command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}

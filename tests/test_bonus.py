@@ -256,6 +256,11 @@ def test_kl_per_position_adds_up_to_the_kl():
         assert total == pytest.approx(evaluate(model, images).kl.mean().item() / math.log(2), rel=1e-5)
 
 
+def test_nearest_training_image_of_a_training_image_is_itself():
+    train = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(bonus.nearest(train[[4, 0]], train), train[[4, 0]])
+
+
 def test_free_bits_leave_a_kl_below_them_uncharged():
     from core import fit
 

@@ -23,7 +23,7 @@ FIGURES = {
     "q1a": {"curves", "samples", "evidence"}, "q1b": {"curves", "samples", "latents", "iwae"},
     "q2a": {"curves", "samples", "interpolations", "reconstructions"},
     "q2b": {"curves", "samples", "interpolations", "reconstructions", "experiments", "samples_2a_2b"},
-    "bonus": {"curves", "samples", "interpolations", "reconstructions", "lossy"},
+    "bonus": {"curves", "samples", "interpolations", "reconstructions", "lossy", "neighbours", "receptive_fields"},
 }  # fmt: skip
 BOUND = {"neg_elbo_bpd", "neg_elbo_se_bpd", "kl_bpd", "recon_bpd"}
 
