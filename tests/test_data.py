@@ -238,3 +238,15 @@ def test_synthetic_set_is_kept_and_read_back(tmp_path):
     data = core.load_images(options("synthetic", tmp_path / "none", limit=20))
     assert [len(x) for x in data.splits.values()] == [20, 2, 2] and "synthetic" in data.name and "20" in data.name
     assert not (tmp_path / "none").exists()
+
+
+def test_1b_the_diagonal_model_starts_as_the_isotropic_one():
+    torch.manual_seed(0)
+    mlp = [core.GaussianMLP(q1b.HIDDEN, torch.nn.ReLU, n) for n in (2, 1)]
+    start, x = core.VAE(*mlp, core.StandardNormal((2,))), torch.randn(50, 2)
+    bounds = [core.evaluate(q1b.with_decoder(start, n), x) for n in (1, 2)]
+    assert torch.allclose(bounds[0].recon, bounds[1].recon, atol=1e-5) and torch.equal(bounds[0].kl, bounds[1].kl)
+    diagonal = q1b.with_decoder(start, 2)
+    assert diagonal.decoder(torch.randn(3, 2))[1].shape == (3, 2)
+    diagonal.decoder.net[-1].weight.data[3] += 1  # control: the two log stds are separate weights
+    assert not torch.allclose(core.evaluate(diagonal, x).recon, bounds[0].recon, atol=1e-2)
