@@ -273,3 +273,14 @@ def test_free_bits_leave_a_kl_below_them_uncharged():
         fit(model, splits, argparse.Namespace(epochs=1, batch_size=10, lr=1e-3, precision="fp32"), free_bits=free_bits)
         gradients.append(model.prior.net[-1].weight.grad.abs().max().item())
     assert gradients[0] > 0 and gradients[1] == 0  # only the KL moves the prior
+
+
+def test_sampled_colours_follow_the_colours_before_them():
+    """All coefficients near 1, noise in R alone: G = R and B = R + G, up to a level or two."""
+    params = torch.zeros(1, 10, 10, 1, 1, dtype=torch.float64)
+    params[:, 4, :], params[:, 5:7, :], params[:, 7:, :] = 0.0, -6.0, 9.0
+    u = Noise.fixed(torch.arange(500), 0).uniform(13, 1, 1).double() + 2.0**-25
+    r, g, b = mixture_sample(params.flatten(1, 2).expand(500, -1, -1, -1), u)[..., 0, 0].T
+    inside = (r.abs() < 0.4) & (u[:, -2:, 0, 0] - 0.5).abs().amax(1).lt(0.45)
+    assert inside.sum() > 200 and r[inside].std() > 0.05
+    assert (g - r)[inside].abs().max() < 0.03 and (b - r - g)[inside].abs().max() < 0.03
