@@ -729,9 +729,9 @@ def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, 
     KL = I(x; z) + KL(q(z) || p(z)) (Hoffman & Johnson 2016), so KL minus these bounds the aggregated posterior's
     distance from the prior. z, mu, log_std: [M, ...].
     """
-    z, mu, log_std = (t.flatten(1).double() for t in (z, mu, log_std))
+    z, mu, log_std = (t.flatten(1).cpu().double() for t in (z, mu, log_std))  # mps has no float64
     own, rows = normal_log_prob(z, mu, log_std), []
-    for i in torch.arange(len(z), device=z.device).split(max(1, 10**7 // mu.numel())):
+    for i in torch.arange(len(z)).split(max(1, 10**7 // mu.numel())):
         each = normal_log_density(z[i, None], mu, log_std).sum(2)  # (some, M): log q(z_m|x_j)
         others = each.clone()
         others[torch.arange(len(i)), i] = -math.inf
@@ -928,13 +928,8 @@ def draw_curves(axes: Any, curves: dict[str, Any], floor: float | None = None) -
     styles = dict(zip(SPLITS, (thin, bold, dashed), strict=True))
     for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
         for split, style in styles.items():
-            ax.plot(
-                curves["epoch"],
-                curves[split][key],
-                label=split,
-                marker="." if len(curves["epoch"]) < 5 else "",
-                **style,
-            )
+            marker = "." if len(curves["epoch"]) < 5 else ""
+            ax.plot(curves["epoch"], curves[split][key], label=split, marker=marker, **style)
         values = np.array([curves[split][key] for split in styles])
         if values.shape[1] > 2:  # the first epochs would flatten the rest
             late = values[:, max(1, values.shape[1] // 10) :]
@@ -1087,9 +1082,9 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 {rows}
 
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample an image, ± one standard error
-over images. Train is a fixed subset no larger than validation. The curves' test is
-such a subset too; the table's is all of it. The first tenth of the epochs lies outside the axes where it would flatten
-the rest. The weights are those of epoch {curves["best_epoch"]}, the best on validation.
+over images. Train is a fixed subset no larger than validation. The curves' test is such a subset too; the table's is
+all of it. The first tenth of the epochs lies outside the axes where it would flatten the rest. The weights are those of
+epoch {curves["best_epoch"]}, the best on validation.
 
 Lossless codecs on {"the same" if data["test"] <= 1000 else "the first 1,000"} test images, whole files: {codecs}
 bits/dim.

@@ -106,8 +106,7 @@ def explained_variance(model: VAE, x: Tensor, covariance: np.ndarray) -> dict[st
     """
     axes = torch.from_numpy(np.linalg.eigh(covariance)[1]).flip(1)  # columns: long axis, short axis
     along = x.cpu().double() @ axes  # (N, 2)
-    mu, log_std = model.encoder(x)
-    z = mu + torch.exp(log_std) * Noise.fixed(torch.arange(len(x), device=x.device), seed=2).normal(2)
+    z, _, _ = model.posterior(x, Noise.fixed(torch.arange(len(x), device=x.device), seed=2))
     inputs = torch.cat([z.cpu().double(), torch.ones(len(z), 1)], 1)  # (N, 3)
     residual = along - inputs @ torch.linalg.lstsq(inputs, along).solution
     r2 = 1 - residual.var(0) / along.var(0)

@@ -127,8 +127,7 @@ def look_at_codes(model: VAE, x: Tensor, labels: np.ndarray) -> tuple[Tensor, di
     few = slice(0, 4000)
     kl = normal_log_prob(z[few], mu[few], log_std[few]) - model.prior.log_prob(z[few])
     marginal = [
-        bits_per_dim((kl.cpu() - bound.cpu()).mean().item(), 2)
-        for bound in information_bounds(z[few], mu[few], log_std[few])
+        bits_per_dim((kl.cpu() - bound).mean().item(), 2) for bound in information_bounds(z[few], mu[few], log_std[few])
     ]
     pieces = []
     for label in range(3):
@@ -136,7 +135,7 @@ def look_at_codes(model: VAE, x: Tensor, labels: np.ndarray) -> tuple[Tensor, di
         groups = connected_components(csr_matrix((torch.cdist(codes, codes) < 0.3).numpy()))[1]
         pieces.append(int((np.bincount(groups) >= 0.05 * len(codes)).sum()))
     return z, {
-        "marginal_kl_bpd": marginal[::-1], "pieces_of_clusters": pieces, 
+        "marginal_kl_bpd": marginal[::-1], "pieces_of_clusters": pieces,
         "decoder_median_stds": stds.median(0).values.tolist(),
         "decoder_median_std_ratio": (stds.amax(1) / stds.amin(1)).median().item(),
     }  # fmt: skip

@@ -111,6 +111,7 @@ def experiments(args: argparse.Namespace, a: ImageVAE, b: ImageVAE, splits: dict
     found: dict[str, Any] = {
         "neg_elbo": difference(terms_a.neg_elbo, terms_b.neg_elbo), "kl": difference(terms_a.kl, terms_b.kl),
         "recon": difference(terms_a.recon, terms_b.recon), "prior_alone": difference(terms_a.kl, terms_fitted.kl),
+        "rest": difference(terms_fitted.kl + terms_a.recon, terms_b.neg_elbo),
     }  # fmt: skip
     for name, model, terms in (("2a", a, terms_a), ("2b", b, terms_b)):
         z, mu, log_std = posterior(model, x[:1000])
@@ -135,9 +136,8 @@ def experiments(args: argparse.Namespace, a: ImageVAE, b: ImageVAE, splits: dict
 def plot_experiments(found: dict[str, Any], title: str, path: Path) -> None:
     """(i) where the difference comes from; (ii) the KL and what it buys; (iii) KL by position; correlations."""
     fig, axes = plt.subplots(1, 5, figsize=(17, 3.6))
-    rest = found["neg_elbo"]["bpd"] - found["prior_alone"]["bpd"]
-    bars = {"2b − 2a": found["neg_elbo"], "a better\nprior alone": found["prior_alone"], "the rest": {"bpd": rest}}
-    errors = [2 * bar.get("se_bpd", 0.0) for bar in bars.values()]
+    bars = {"2b − 2a": found["neg_elbo"], "a better\nprior alone": found["prior_alone"], "the rest": found["rest"]}
+    errors = [2 * bar["se_bpd"] for bar in bars.values()]
     axes[0].bar(list(bars), [bar["bpd"] for bar in bars.values()], yerr=errors, capsize=4, color="0.6")
     axes[0].axhline(0, color="k", lw=0.8)
     axes[0].set(title="(i) change of −ELBO, ± 2 s.e.", ylabel="bits/dim")
@@ -181,8 +181,8 @@ def verdict(found: dict[str, Any]) -> str:
 afterwards to 2a's frozen encoder, a flow {shows(alone)} the KL: {alone["bpd"]:+.4f} ± {alone["se_bpd"]:.4f}, which is
 what a better prior alone is worth."""
     if total["bpd"] < -2 * total["se_bpd"]:
-        rest = total["bpd"] - alone["bpd"]
-        text += f""" The rest, {rest:+.4f}, is encoder and decoder making use of it:
+        rest = found["rest"]
+        text += f""" The rest, {rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}, is encoder and decoder making use of it:
 {found["recon"]["bpd"]:+.4f} in the decoder term, {found["kl"]["bpd"] - alone["bpd"]:+.4f} in the KL."""
     return text
 
@@ -237,6 +237,11 @@ about {chance:.3f}). The flow {removes} what is predictable from the neighbours.
 """
 
 
+def flags(add: Callable[..., Any]) -> None:
+    """The flag that only this script has."""
+    add("--compare", action="store_true", help="train 2a with the same arguments first, unless its results are there")
+
+
 def main(argv: list[str] | None = None) -> None:
     args, out = parse_args("q2b", argv, IMAGE_DEFAULTS, IMAGE_SMOKE, images=True, more=flags)
     folder = out.with_name("q2a")
@@ -259,11 +264,6 @@ def main(argv: list[str] | None = None) -> None:
         return heading + report(found)
 
     run_images("q2b", args, out, make_model, "2b: the same VAE with an autoregressive flow prior", finish)
-
-
-def flags(add: Callable[..., Any]) -> None:
-    """The flag that only this script has."""
-    add("--compare", action="store_true", help="train 2a with the same arguments first, unless its results are there")
 
 
 if __name__ == "__main__" and not in_notebook():

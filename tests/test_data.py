@@ -250,3 +250,27 @@ def test_1b_the_diagonal_model_starts_as_the_isotropic_one():
     assert diagonal.decoder(torch.randn(3, 2))[1].shape == (3, 2)
     diagonal.decoder.net[-1].weight.data[3] += 1  # control: the two log stds are separate weights
     assert not torch.allclose(core.evaluate(diagonal, x).recon, bounds[0].recon, atol=1e-2)
+
+
+def test_1b_a_torn_cluster_is_counted_and_codes_that_are_the_prior_miss_it_by_nothing():
+    torch.manual_seed(0)
+    labels, x = np.repeat([0, 1, 2], 1000), 0.1 * torch.randn(3000, 2)
+    x[:500, 0] += 3  # half of cluster 0 lies elsewhere
+
+    class Encoder(torch.nn.Module):
+        def __init__(self, log_std):
+            super().__init__()
+            self.log_std = log_std
+
+        def forward(self, x):
+            return x, torch.full_like(x, self.log_std)
+
+    def look(log_std, x):
+        decoder = core.GaussianMLP((8,), torch.nn.ReLU)
+        return q1b.look_at_codes(core.VAE(Encoder(log_std), decoder, core.StandardNormal((2,))), x, labels)
+
+    z, found = look(-3, x)
+    assert z.shape == (3000, 2) and found["pieces_of_clusters"] == [2, 1, 1]
+    assert found["marginal_kl_bpd"][0] > 1  # far from the prior
+    low, high = look(-1, math.sqrt(1 - math.exp(-2)) * torch.randn(3000, 2))[1]["marginal_kl_bpd"]
+    assert low <= high and abs(low) < 0.05 and abs(high) < 0.05  # with the posterior's noise, N(0, I)

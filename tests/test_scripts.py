@@ -232,6 +232,7 @@ def test_2b_report_compares_with_2a_of_the_same_arguments_only(smoke, tmp_path):
     expected = b["final"]["test"]["neg_elbo_bpd"] - a["final"]["test"]["neg_elbo_bpd"]
     assert found["neg_elbo"]["bpd"] == pytest.approx(expected, abs=1e-5)
     assert found["neg_elbo"]["bpd"] == pytest.approx(found["kl"]["bpd"] + found["recon"]["bpd"], abs=1e-6)
+    assert found["neg_elbo"]["bpd"] == pytest.approx(found["prior_alone"]["bpd"] + found["rest"]["bpd"], abs=1e-6)
     args = argparse.Namespace(**b["args"])
     assert q2b.load_2a(args, b["data"], smoke[0] / "q2a")[0] is not None
     for wrong, culprit in ((argparse.Namespace(**{**b["args"], "lr": 0.5}), "lr"), (args, "data")):
@@ -244,7 +245,7 @@ def test_verdict_of_2b_follows_the_measurements():
     import q2b
 
     def found(total, alone):
-        changes = {"neg_elbo": total, "prior_alone": alone, "kl": total / 2, "recon": total / 2}
+        changes = {"neg_elbo": total, "prior_alone": alone, "rest": total - alone, "kl": total / 2, "recon": total / 2}
         return {k: {"bpd": v, "se_bpd": 0.01} for k, v in changes.items()}
 
     assert "lowers −ELBO" in q2b.verdict(found(-0.3, -0.1)) and "The rest, -0.2" in q2b.verdict(found(-0.3, -0.1))
