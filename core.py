@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
 from torchvision.datasets import SVHN
 from torchvision.utils import make_grid
@@ -601,8 +602,6 @@ def codec_bits_per_dim(images: Tensor, codec: str) -> float:
 
     A yardstick for bounds on the same images, headers and all.
     """
-    from PIL import Image  # Pillow comes with matplotlib and torchvision
-
     total = 0
     for x in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -613,8 +612,6 @@ def codec_bits_per_dim(images: Tensor, codec: str) -> float:
 
 def digit_atlas(size: int = 64) -> Tensor:
     """Coverage masks of the ten digits in each of matplotlib's text fonts, [fonts, 10, size, size] in [0, 1]."""
-    from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
-
     folder, atlas = Path(matplotlib.get_data_path()) / "fonts" / "ttf", []
     for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold",
                  "STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta"):  # fmt: skip
@@ -913,10 +910,12 @@ def cpu_name() -> str:
 
 
 def save_figure(fig: Any, path: Path) -> None:
-    """Write the figure as a PNG and close it; in a notebook, show it too."""
+    """Write the figure as a PNG without transparency and close it; in a notebook, show it too."""
     if fig.axes[0].get_subplotspec():  # not for axes that were placed by hand
         fig.tight_layout()
-    write_whole(path, lambda file: fig.savefig(file, format="png", dpi=DPI))
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=DPI)
+    write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG", optimize=True))
     if in_notebook():
         plt.show()
     plt.close(fig)
@@ -951,9 +950,13 @@ def plot_curves(curves: dict[str, Any], title: str, path: Path) -> None:
 
 
 def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
-    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked, two screen pixels a pixel."""
+    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked.
+
+    Two screen pixels a pixel; one in grids of more than 60 images, whose noise makes large files.
+    """
     grids = {name: make_grid(x.cpu(), columns, padding=2, pad_value=255) for name, x in panels.items()}
-    h, w = (2 * n for n in next(iter(grids.values())).shape[1:])
+    scale = 2 if max(len(x) for x in panels.values()) <= 60 else 1
+    h, w = (scale * n for n in next(iter(grids.values())).shape[1:])
     down, across = (len(grids), 1) if stacked else (1, len(grids))
     width = across * (w + 20) + 20
     lines = [part for line in title.splitlines() for part in textwrap.wrap(line, width // 10)]  # 10 pixels a letter
