@@ -21,6 +21,9 @@ import textwrap
 import time
 import urllib.error
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -860,10 +863,14 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Text as UTF-8."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path: Path, metrics: dict[str, Any]) -> None:
     """Metrics as JSON; NaN and infinity are errors."""
-    text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 
 
 def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
@@ -882,9 +889,73 @@ def write_results(out: Path, metrics: dict[str, Any], report: str, state: dict[s
     """metrics.json, report.md and checkpoint.pt (weights and arguments, for torch.load(..., weights_only=True))."""
     checkpoint = {"script": metrics["script"], "args": metrics["args"], "state": state}
     write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    write_whole(out / "report.md", lambda file: file.write(report.encode()))
+    write_text(out / "report.md", report)
     write_json(out / "metrics.json", metrics)
     print(f"wrote {out / 'report.md'}, its figures, metrics.json and checkpoint.pt")
+
+
+def run_seeds(
+    run: Callable[..., dict[str, Any]], report: Callable[..., str], args: argparse.Namespace, out: Path
+) -> None:
+    """run(args, out) -> metrics for args.seeds seeds from args.seed on: the first into out, the others into out/seed_K.
+
+    Several run at once, in a process each. report(metrics) is then written anew for the first, whose metrics["seeds"]
+    hold "final" of every seed. All on one thread: these networks are too small for more, and so a seed's numbers are
+    the same, bit for bit, alone or beside others.
+    """
+    jobs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        folder = out if seed == args.seed else make_folder(out / f"seed_{seed}")
+        jobs.append((run, argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1}), folder))
+    if args.seeds == 1 or in_notebook():  # what was pasted into a cell cannot be sent to another process
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            done = [run(*rest) for run, *rest in jobs]
+        finally:
+            torch.set_num_threads(threads)
+    else:
+        with ProcessPoolExecutor(min(args.seeds, os.cpu_count() or 1), get_context("spawn")) as pool:
+            done = list(pool.map(_run_alone, *zip(*jobs, strict=True)))
+    if args.seeds > 1:
+        metrics = done[0] | {"args": vars(args), "seeds": {m["args"]["seed"]: m["final"] for m in done}}
+        write_text(out / "report.md", report(metrics))
+        write_json(out / "metrics.json", metrics)
+
+
+def _run_alone(run: Callable[..., dict[str, Any]], args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """run(args, out) on one thread, what it prints in out/log.txt, and one line when it is done."""
+    torch.set_num_threads(1)
+    start, path = time.perf_counter(), out / "log.txt"
+    try:
+        with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            metrics = run(args, out)
+    except BaseException:
+        print(f"seed {args.seed} failed: see {path}", file=sys.stderr, flush=True)
+        raise
+    print(f"seed {args.seed}: {time.perf_counter() - start:.0f} s, {out / 'report.md'}", flush=True)
+    return metrics
+
+
+def seeds_table(seeds: dict[int, Any], values: Callable[[dict[str, Any]], dict[str, float]]) -> str:
+    """A report's section: mean ± standard deviation over seeds of `values`, for each model of a run's "final"."""
+    if len(seeds) < 2:
+        return ""
+    rows = []
+    for name in next(iter(seeds.values())):
+        columns = [list(values(final[name]).values()) for final in seeds.values()]
+        cells = [f"{np.mean(c):.4f} ± {np.std(c, ddof=1):.4f}" for c in zip(*columns, strict=True)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    heads = list(values(next(iter(next(iter(seeds.values())).values()))))
+    table = "\n".join([f"| model | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *rows])
+    return f"""
+## {len(seeds)} seeds
+
+{table}
+
+Mean ± standard deviation over seeds {", ".join(map(str, seeds))}, bits/dim, test. All of the above is of the first;
+each other has its own report in a folder beside this one.
+"""
 
 
 def describe_run(script: str, args: argparse.Namespace, data: Any, params: int, start: float) -> dict[str, Any]:
@@ -1159,7 +1230,9 @@ def parse_args(
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
     add("--out", default="results", help=f"results go to OUT/{script}")
     add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
-    if images:
+    if not images:
+        add("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on; several at once")
+    else:
         add("--data", help="svhn, synthetic, or FILE.npz; with --smoke, synthetic unless given")
         add("--data-root", default="data", help="where data sets are downloaded or kept")
         add(

@@ -4,13 +4,15 @@ Two VAEs with 2-D z ~ N(0, I): decoder N(mu(z), diag sigma(z)^2) (diagonal) and 
 
     ELBO = E[log w]  <=  IWAE-K = E[log (1/K) sum_k w_k]  <=  log p(x),    w_k = p(x, z_k) / q(z_k|x),  z_k ~ q(z|x)
 
-    python q1b.py        ->  results/q1b/report.md
+    python q1b.py            ->  results/q1b/report.md
+    python q1b.py --seeds 5  ->  the same, with mean and standard deviation over five seeds
 """
 
 import argparse
 import copy
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,8 +24,8 @@ from torch import Tensor, nn
 
 from core import (
     VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
-    in_notebook, information_bounds, iwae, normal_log_prob, parse_args, save_figure, split_points,
-    standard_error, write_results,
+    in_notebook, information_bounds, iwae, normal_log_prob, parse_args, run_seeds, save_figure, seeds_table,
+    split_points, standard_error, write_results,
 )  # fmt: skip
 
 CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc (2 cos t, -sin t), t in [0, pi]
@@ -225,7 +227,19 @@ true density. What more samples cannot take away is not the posterior's shape, b
 are over points; heavy tails of log w come on top.
 
 ![IWAE against the number of samples](iwae.png)
-"""
+{seeds_table(metrics.get("seeds", {}), of_one_seed)}"""
+
+
+def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
+    """What the report says of a model over several seeds, by column."""
+    test, first = f["test"], f["first100"]
+    return {
+        "−ELBO": test["neg_elbo_bpd"], "KL term": test["kl_bpd"], "decoder term": test["recon_bpd"],
+        "−ELBO − floor": test["neg_elbo_bpd"] - test["floor_bpd"],
+        "−ELBO − −IWAE-100, first 100": first["elbo_gap_bpd"],
+        "−IWAE-100 − floor, first 100": first["neg_iwae100_minus_floor_bpd"],
+        "most pieces of a cluster": max(f["pieces_of_clusters"]),
+    }  # fmt: skip
 
 
 def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], x_test: Tensor, final: dict, path: Any) -> None:
@@ -270,8 +284,8 @@ def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, pa
     save_figure(fig, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, out = parse_args("q1b", argv, DEFAULTS, SMOKE)
+def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """All of 1B with one seed: trains, writes the results into out, returns the metrics."""
     begin, params = time.perf_counter(), 0
     points, labels = make_points()
     data = split_points("three clusters", points[:5000] if args.smoke else points)
@@ -301,6 +315,12 @@ def main(argv: list[str] | None = None) -> None:
     plot_latents(latents, labels, final, out / "latents.png")
     metrics = {**describe_run("q1b", args, data.describe(), params, begin), "curves": curves, "final": final}
     write_results(out, metrics, write_report(metrics), state)
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, out = parse_args("q1b", argv, DEFAULTS, SMOKE)
+    run_seeds(run, write_report, args, out)
 
 
 if __name__ == "__main__" and not in_notebook():
