@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from core import (
     IMAGE_DEFAULTS, IMAGE_SMOKE, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, MaskedConv2d, Noise,
-    StandardNormal, at_least_fp32, bounded_log_std, dequantise, evaluate_splits, exact, fit, in_notebook, number,
-    parse_args, plot_tiles, quantise, run_images, save_figure, spread, sum_dims, wavefront_slope, wavefronts,
+    StandardNormal, at_least_fp32, bounded_log_std, dequantise, evaluate_splits, exact, fit, in_notebook, launch,
+    number, parse_args, plot_tiles, quantise, run_images, save_figure, spread, sum_dims, wavefront_slope, wavefronts,
 )  # fmt: skip
 
 GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
@@ -204,7 +204,9 @@ def make_model(args: argparse.Namespace) -> LossyVAE:
 # ------------------------------------------------------------------------------------------------------ the answers
 
 
-def compare_receptive_fields(splits: dict[str, Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
+def compare_receptive_fields(
+    splits: dict[str, Tensor], args: argparse.Namespace, progress: Path
+) -> list[dict[str, Any]]:
     """Test bounds of models that differ in receptive field or in having a code at all, all on the same small budget."""
     rows = []
     for receptive_field, latents in TABLE:
@@ -214,7 +216,8 @@ def compare_receptive_fields(splits: dict[str, Tensor], args: argparse.Namespace
         row_args = argparse.Namespace(**{**vars(args), **changes})
         torch.manual_seed(args.seed)
         model = make_model(row_args).to(args.device).to(memory_format=torch.channels_last)
-        fit(model, splits, row_args, free_bits=args.free_bits)
+        keep = progress / f"table_{receptive_field}_{latents}.pt"
+        fit(model, splits, row_args, keep, free_bits=args.free_bits)
         rows.append({**changes, **evaluate_splits(model, splits)["test"]})
     return rows
 
@@ -276,7 +279,7 @@ def finish(args: argparse.Namespace, model: LossyVAE, splits: dict[str, Tensor],
     samples = model.decoder.sample(model.prior.sample(Noise.fixed(ten, 1)), Noise.fixed(ten, 1))
     panels = {"samples": samples, "their nearest training images": nearest(samples, splits["train"])}
     plot_tiles(panels, 10, f"Not copies: {metrics['data']['name']}", out / "neighbours.png", stacked=True)
-    metrics["receptive_fields"] = compare_receptive_fields(splits, args) if args.table_epochs else []
+    metrics["receptive_fields"] = compare_receptive_fields(splits, args, out / "progress") if args.table_epochs else []
     bound = metrics["final"]["test"]["neg_elbo_bpd"]
     positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
     table = "\nNot run: `--table-epochs 0`.\n"
@@ -317,4 +320,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and not in_notebook():
-    main()
+    launch(main)

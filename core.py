@@ -16,13 +16,15 @@ import json
 import math
 import os
 import platform
+import re
+import signal
 import sys
 import textwrap
 import time
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -50,6 +52,10 @@ SVHN_SIZES = (65_931, 7_326, 26_032)
 IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")  # of question 2
 IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 MODEL_FLAGS = ("latents", "prior", "receptive_field")  # those that shape an image model
+FREE_FLAGS = ("epochs", "table_epochs", "resume", "out", "data", "data_root", "compare", "evaluate", "seeds")  # that
+# --resume may change; what --data holds is compared itself
+KEEP_SECONDS = 300  # between checkpoints within an epoch
+MOST_SKIPPED = 10  # steps in a row without a finite gradient, before training stops
 DPI = 130  # of every figure
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
 
@@ -769,11 +775,13 @@ def kl_weight(done: float, warmup: float) -> float:
 
 
 def fit(
-    model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, warmup: float = 0.0, free_bits: float = 0.0
-) -> dict[str, Any]:
+    model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, keep: Path | None = None,
+    warmup: float = 0.0, free_bits: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
     """Minimise the mean negative ELBO in bits/dim on splits["train"] with Adam; return curves, leave the best weights.
 
-    args: epochs, batch_size, lr (the peak of `one_cycle`), precision. warmup: the fraction of training over which the
+    args: epochs, batch_size, lr (the peak of `one_cycle`), precision. keep: the checkpoint, written after each epoch
+    and every five minutes; with args.resume training goes on from it. warmup: the fraction of training over which the
     KL's weight rises from 0 to 1, in training only. free_bits: bits/dim of a batch's KL that training does not charge
     for (Kingma et al. 2016, arXiv:1606.04934). Gradients are clipped to norm 1. Before the first epoch and after
     each, every split is evaluated, train and test on their first examples, no more than validation has. The weights
@@ -784,39 +792,179 @@ def fit(
         fail(f"--batch-size {args.batch_size} is more than the {len(train)} training examples; choose a smaller one")
     steps = len(train) // args.batch_size  # an epoch leaves out the remainder of its own random order
     total = max(1, args.epochs * steps)
-    optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=train.device.type in ("cpu", "cuda"))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: one_cycle(step, total))
+    fused = train.device.type in ("cpu", "cuda")
+    optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=fused)
+    curves: dict[str, Any] = {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}}
+    at: dict[str, Any] = {
+        "epoch": 0, "step": 0, "order": torch.empty(0), "seconds": 0.0, "curves": curves, "best": math.inf,
+        "best_state": copy.deepcopy(model.state_dict()),
+        "skipped": torch.zeros(3, device=train.device),  # steps: in a row now, most in a row, all
+    }  # fmt: skip
+    kept = Checkpoint(keep, model, optimiser, args, splits)
+    if getattr(args, "resume", False):
+        kept.load(at, args)
+    start = time.perf_counter() - at["seconds"]
 
-    def step(x: Tensor, done: float) -> None:
+    def step(x: Tensor, k: int) -> None:
+        for group in optimiser.param_groups:
+            group["lr"] = args.lr * one_cycle(k, total)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             recon, kl = model(x, Noise(len(x), x.device))
             recon, kl = (bits_per_dim(term.mean(), num_dims) for term in (recon, kl))
-            loss = recon + kl_weight(done, warmup) * kl.clamp(min=free_bits)
+            loss = recon + kl_weight(k / total, warmup) * kl.clamp(min=free_bits)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        bad = 1 - torch.isfinite(norm + loss.detach()).float()
+        if fused:  # such a step leaves weights and moments alone where found_inf is 1, without a word to the host
+            vars(optimiser)["found_inf"] = bad
+        if fused or not bad:
+            optimiser.step()
+        in_a_row, most, all_ = at["skipped"]
+        at["skipped"] = torch.stack([(in_a_row + 1) * bad, torch.maximum(most, (in_a_row + 1) * bad), all_ + bad])
 
-    curves: dict[str, Any] = {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}}
-    best, best_state, start = math.inf, copy.deepcopy(model.state_dict()), time.perf_counter()
-    for epoch in range(args.epochs + 1):
-        if epoch:  # epoch 0 is the model before training
-            batches = torch.randperm(len(train), device=train.device)[: steps * args.batch_size].split(args.batch_size)
-            for i, batch in enumerate(tqdm(batches, f"epoch {epoch}/{args.epochs}", leave=False, disable=None)):
-                step(train[batch], ((epoch - 1) * steps + i) / total)
-        bounds = evaluate_splits(model, splits, watched=True)
-        curves["epoch"].append(epoch)
-        for name, key in itertools.product(SPLITS, CURVE_KEYS):
-            curves[name][key].append(bounds[name][key])
-        print_epoch(f"{epoch:3d}/{args.epochs}", bounds, time.perf_counter() - start)
-        if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
-            fail(f"training diverged in epoch {epoch}: the bound is not a number; try a lower --lr", status=1)
-        if bounds["valid"]["neg_elbo_bpd"] < best:
-            best, best_state = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
-            curves["best_epoch"] = epoch
-    model.load_state_dict(best_state)
-    return curves
+    def run_epoch() -> None:
+        if at["step"] == 0:
+            at["order"] = torch.randperm(len(train), device=train.device)[: steps * args.batch_size]
+        batches = at["order"].split(args.batch_size)[at["step"] :]
+        bar = f"epoch {at['epoch']}/{args.epochs}"
+        for batch in tqdm(batches, bar, steps, initial=at["step"], leave=False, disable=None):
+            step(train[batch], (at["epoch"] - 1) * steps + at["step"])
+            at["step"] += 1
+            if at["step"] % 10 == 0 and at["skipped"][1] >= MOST_SKIPPED:  # looked at rarely: it waits for the device
+                fail(
+                    f"{MOST_SKIPPED} steps in a row without a finite gradient, epoch {at['epoch']}, by step "
+                    f"{at['step']}: try a lower --lr or --precision fp32{kept.hint(' (the last checkpoint: {})')}", 1
+                )  # fmt: skip
+            if signals or time.monotonic() - kept.written > KEEP_SECONDS:
+                kept.save(at | {"seconds": time.perf_counter() - start}, args)
+            if signals:
+                leave(signals[0], kept)
+
+    with catch_signals() as signals:
+        while at["epoch"] <= args.epochs:
+            if at["epoch"]:  # epoch 0 is the model before training
+                run_epoch()
+            bounds = evaluate_splits(model, splits, watched=True)
+            at["seconds"] = time.perf_counter() - start
+            print_epoch(f"{at['epoch']:3d}/{args.epochs}", bounds, at)
+            if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
+                fail(f"training diverged in epoch {at['epoch']}: the bound is not a number; try a lower --lr", status=1)
+            note_epoch(at, bounds, model)
+            kept.save(at, args)
+            if signals:
+                leave(signals[0], kept)
+    model.load_state_dict(at["best_state"])
+    return at["curves"] | {"skipped_steps": int(at["skipped"][2])}
+
+
+def note_epoch(at: dict[str, Any], bounds: dict[str, dict[str, float]], model: nn.Module) -> None:
+    """Enter an epoch's bounds into the curves, keep its weights if they are the best, and turn to the next."""
+    at["curves"]["epoch"].append(at["epoch"])
+    for name, key in itertools.product(SPLITS, CURVE_KEYS):
+        at["curves"][name][key].append(bounds[name][key])
+    if bounds["valid"]["neg_elbo_bpd"] < at["best"]:
+        at["best"], at["best_state"] = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
+        at["curves"]["best_epoch"] = at["epoch"]
+    at["epoch"], at["step"] = at["epoch"] + 1, 0
+
+
+class Checkpoint:
+    """All that `fit` needs to go on as if it had never stopped, in one file, always whole; or nowhere, without a path.
+
+    Weights, optimiser, random states, place in the epoch and its order of examples, curves, best weights; and what
+    must be the same for a run to go on: the arguments but those in FREE_FLAGS, the data, the network's shapes.
+    """
+
+    def __init__(
+        self, path: Path | None, model: nn.Module, optimiser: Any, args: argparse.Namespace, splits: dict[str, Tensor]
+    ):
+        self.path, self.model, self.optimiser, self.written = path, model, optimiser, time.monotonic()
+        if path:
+            self.must_match = {f"--{k.replace('_', '-')}": v for k, v in settings(args).items() if k not in FREE_FLAGS}
+            make_folder(path.parent)
+            self.must_match["the data"] = Data("", {k: x.cpu() for k, x in splits.items()}).describe()["sha256"]
+            self.must_match["the network"] = str({k: list(v.shape) for k, v in model.state_dict().items()})
+
+    def save(self, at: dict[str, Any], args: argparse.Namespace) -> None:
+        """Write the file anew. A disk that is full costs no more than this checkpoint, and a line that says so."""
+        self.written = time.monotonic()
+        if not self.path:
+            return
+        states = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "random": random_states()}
+        buffer = io.BytesIO()  # in memory first: then a file system that fails does so in one place, below
+        at = at | {"run_seconds": args.clock.seconds()}
+        torch.save({"at": at, "must_match": self.must_match, **states}, buffer)
+        try:
+            write_whole(self.path, lambda file: file.write(buffer.getbuffer()))
+        except OSError as error:
+            why = f"({error.strerror}); the one before is kept, training goes on"
+            print(f"warning: no new checkpoint in {self.path} {why}", file=sys.stderr)
+
+    def load(self, at: dict[str, Any], args: argparse.Namespace) -> None:
+        """Set `at`, weights, optimiser and random states to what the file holds; leave them where there is none."""
+        if not self.path or not self.path.exists():
+            return
+        saved = read_checkpoint(self.path, ("at", "must_match", "model", "optimiser", "random"))
+        differing = [k for k, v in (self.must_match | saved["must_match"]).items() if self.must_match.get(k) != v]
+        differing += [k for k in self.must_match if k not in saved["must_match"]]
+        if differing:
+            fail(
+                f"--resume: {self.path} is of a run with another {', '.join(differing)}; leave --resume out or mend it"
+            )
+        if saved["at"]["epoch"] > args.epochs + 1:
+            fail(f"--resume --epochs {args.epochs}: {self.path} has {saved['at']['epoch'] - 1} epochs behind it")
+        device = at["skipped"].device
+        at.update(saved["at"] | {k: saved["at"][k].to(device) for k in ("order", "skipped")})
+        self.model.load_state_dict(saved["model"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        random_states(saved["random"])
+        args.clock.go_on_from(at["run_seconds"])
+        print(f"going on from {self.path}: epoch {at['epoch']}, step {at['step']}")
+
+    def hint(self, text: str) -> str:
+        """text with the checkpoint's path in it; nothing where there is none."""
+        return text.format(self.path) if self.path and self.path.exists() else ""
+
+
+def random_states(states: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The states of torch's random generators, after they were set to `states`."""
+    here = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
+    here = {k: v for k, v in here.items() if k == "cpu" or (k == "cuda" and torch.cuda.is_available())
+            or (k == "mps" and torch.backends.mps.is_available())}  # fmt: skip
+    for name, state in (states or {}).items():
+        if name in here:
+            here[name].set_rng_state(state)  # type: ignore[attr-defined]
+    return {name: module.get_rng_state() for name, module in here.items()}  # type: ignore[attr-defined]
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list into which the first Ctrl-C or SIGTERM goes, to be obeyed after the step; the second one ends at once."""
+    signals: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        print("finishing this step; once more to stop at once", file=sys.stderr)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs it there deals with signals
+        before = {}
+    try:
+        yield signals
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def leave(number: int, kept: Checkpoint) -> NoReturn:
+    """Stop because of a signal, and say how to go on; in a notebook as an interrupted cell, so its kernel lives."""
+    if in_notebook():
+        raise KeyboardInterrupt(kept.hint("go on with --resume, from {}"))
+    fail("interrupted" + kept.hint("; go on with the same command and --resume (from {})"), 128 + number)
 
 
 def evaluate_splits(model: nn.Module, splits: dict[str, Tensor], watched: bool = False) -> dict[str, dict[str, float]]:
@@ -829,11 +977,12 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Tensor], watched: bool =
     return {name: in_bits(evaluate(model, x), x[0].numel()) for name, x in cut.items()}
 
 
-def print_epoch(epoch: str, bounds: dict[str, dict[str, float]], seconds: float) -> None:
+def print_epoch(epoch: str, bounds: dict[str, dict[str, float]], at: dict[str, Any]) -> None:
     """One line an epoch, in fixed columns."""
     values = "  ".join(f"{name} {bounds[name]['neg_elbo_bpd']:7.4f}" for name in SPLITS)
     terms = f"(valid: KL {bounds['valid']['kl_bpd']:.4f} + decoder {bounds['valid']['recon_bpd']:.4f})"
-    print(f"epoch {epoch}  -ELBO bits/dim: {values}  {terms}  {seconds:6.0f} s", flush=True)
+    skipped = f"  {int(at['skipped'][2])} steps skipped so far" if at["skipped"][2] else ""
+    print(f"epoch {epoch}  -ELBO bits/dim: {values}  {terms}  {at['seconds']:6.0f} s{skipped}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- results and plots
@@ -873,15 +1022,20 @@ def write_json(path: Path, metrics: dict[str, Any]) -> None:
     write_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 
 
-def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
-    """A checkpoint of this script, {"script", "args", "state"}; no code in it is ever run (`weights_only`)."""
+def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The dictionary that torch.save wrote, with these keys; no code in it is ever run (`weights_only`)."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["script"], saved["args"], saved["state"]
+        return {k: saved[k] for k in keys}
     except Exception as error:  # of the file system, zip, pickle or torch, each with its own
         fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
-    if found[0] != script:
-        fail(f"{path}: a checkpoint of {found[0]}, not of {script}")
+
+
+def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
+    """The final checkpoint of this script: {"script", "args", "state"}."""
+    saved = read_checkpoint(path, ("script", "args", "state"))
+    if saved["script"] != script:
+        fail(f"{path}: a checkpoint of {saved['script']}, not of {script}")
     return saved
 
 
@@ -905,20 +1059,27 @@ def run_seeds(
     """
     jobs = []
     for seed in range(args.seed, args.seed + args.seeds):
-        folder = out if seed == args.seed else make_folder(out / f"seed_{seed}")
+        folder = out if seed == args.seed else out / f"seed_{seed}"
         jobs.append((run, argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1}), folder))
     if args.seeds == 1 or in_notebook():  # what was pasted into a cell cannot be sent to another process
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            done = [run(*rest) for run, *rest in jobs]
+            done = []
+            for run, one, folder in jobs:
+                one.clock = Clock()
+                done.append(run(one, folder))
         finally:
             torch.set_num_threads(threads)
     else:
         with ProcessPoolExecutor(min(args.seeds, os.cpu_count() or 1), get_context("spawn")) as pool:
             done = list(pool.map(_run_alone, *zip(*jobs, strict=True)))
     if args.seeds > 1:
-        metrics = done[0] | {"args": vars(args), "seeds": {m["args"]["seed"]: m["final"] for m in done}}
+        metrics = done[0] | {
+            "args": settings(args),
+            "seconds": args.clock.seconds(),
+            "seeds": {m["args"]["seed"]: m["final"] for m in done},
+        }
         write_text(out / "report.md", report(metrics))
         write_json(out / "metrics.json", metrics)
 
@@ -926,14 +1087,14 @@ def run_seeds(
 def _run_alone(run: Callable[..., dict[str, Any]], args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """run(args, out) on one thread, what it prints in out/log.txt, and one line when it is done."""
     torch.set_num_threads(1)
-    start, path = time.perf_counter(), out / "log.txt"
+    path, args.clock = make_folder(out) / "log.txt", Clock()
     try:
         with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             metrics = run(args, out)
     except BaseException:
         print(f"seed {args.seed} failed: see {path}", file=sys.stderr, flush=True)
         raise
-    print(f"seed {args.seed}: {time.perf_counter() - start:.0f} s, {out / 'report.md'}", flush=True)
+    print(f"seed {args.seed}: {args.clock.seconds():.0f} s, {out / 'report.md'}", flush=True)
     return metrics
 
 
@@ -958,7 +1119,26 @@ each other has its own report in a folder beside this one.
 """
 
 
-def describe_run(script: str, args: argparse.Namespace, data: Any, params: int, start: float) -> dict[str, Any]:
+class Clock:
+    """The seconds of a run, those before an interruption included."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.start, 1)
+
+    def go_on_from(self, seconds: float) -> None:
+        """So many seconds of the run, or more, have passed by now."""
+        self.start = min(self.start, time.perf_counter() - seconds)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that say what a run is: all but how often it was interrupted, and its clock."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "clock")}
+
+
+def describe_run(script: str, args: argparse.Namespace, data: Any, params: int) -> dict[str, Any]:
     """The head of metrics.json: what ran, with what, on which data and machine, for how long."""
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -966,8 +1146,8 @@ def describe_run(script: str, args: argparse.Namespace, data: Any, params: int, 
         "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
         "device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
     }  # fmt: skip
-    seconds = round(time.perf_counter() - start, 1)
-    return {"script": script, "args": vars(args), "data": data, "env": env, "params": params, "seconds": seconds}
+    head = {"script": script, "args": settings(args), "data": data, "env": env, "params": params}
+    return {**head, "seconds": args.clock.seconds()}
 
 
 def cpu_name() -> str:
@@ -1094,7 +1274,7 @@ def run_images(
 
     make_model: arguments -> the model. finish: (model, splits, metrics, out) -> the end of the report, more figures.
     """
-    start, saved = time.perf_counter(), load_checkpoint(Path(args.evaluate), script) if args.evaluate else None
+    saved = load_checkpoint(Path(args.evaluate), script) if args.evaluate else None
     if saved:
         vars(args).update({k: saved["args"][k] for k in MODEL_FLAGS if k in saved["args"]})
     data = load_images(args)
@@ -1108,23 +1288,29 @@ def run_images(
         except RuntimeError:
             fail(f"--evaluate {args.evaluate}: its weights do not fit this model")
         final = {"test": in_bits(evaluate(model, splits["test"]), splits["test"][0].numel())}
-        metrics = {**describe_run(script, args, data.describe(), params, start), "final": final}
+        metrics = {**describe_run(script, args, data.describe(), params), "final": final}
         path = make_folder(out / "evaluate") / "metrics.json"
         write_json(path, metrics)
         bound = "-ELBO {neg_elbo_bpd:.4f} bits/dim (KL {kl_bpd:.4f} + decoder {recon_bpd:.4f})".format(**final["test"])
         print(f"{len(splits['test'])} test images of {data.name}: {bound}; wrote {path}")
         return
-    curves = fit(model, splits, args, free_bits=getattr(args, "free_bits", 0.0))
+    curves = fit(model, splits, args, out / "progress" / f"{script}.pt", free_bits=getattr(args, "free_bits", 0.0))
     final, kl_map, x = evaluate_splits(model, splits), kl_per_position(model, splits["test"]), splits["test"][:1000]
-    metrics = {**describe_run(script, args, data.describe(), params, start), "curves": curves, "final": final,
+    metrics = {**describe_run(script, args, data.describe(), params), "curves": curves, "final": final,
                "test_kl_per_position_bits": kl_map, "check_prior_nats": check_prior(model.prior),
                "test_codecs_bpd": {c: codec_bits_per_dim(x, c) for c in ("PNG", "WebP")}}  # fmt: skip
     title = f"{heading}, {data.name}\ntest −ELBO {final['test']['neg_elbo_bpd']:.3f} bits/dim"
     plot_curves(curves, title, out / "curves.png")
     plot_image_model(model, splits["test"], title, out)
     answer = finish(model, splits, metrics, out)
-    metrics["seconds"] = round(time.perf_counter() - start, 1)
+    metrics["seconds"] = args.clock.seconds()
     write_results(out, metrics, image_report(heading, metrics, answer), model.cpu().state_dict())
+
+
+def skipped_text(curves: Iterable[dict[str, Any]]) -> str:
+    """A report's sentence on the training steps that were skipped."""
+    skipped = sum(c["skipped_steps"] for c in curves)
+    return f"{skipped or 'No'} training steps were skipped for want of a finite gradient."
 
 
 def image_report(heading: str, metrics: dict[str, Any], answer: str = "") -> str:
@@ -1158,7 +1344,7 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample an image, ± one standard error
 over images. Train is a fixed subset no larger than validation. The curves' test is such a subset too; the table's is
 all of it. The first tenth of the epochs lies outside the axes where it would flatten the rest. The weights are those of
-epoch {curves["best_epoch"]}, the best on validation.
+epoch {curves["best_epoch"]}, the best on validation. {skipped_text([curves])}
 
 Lossless codecs on {"the same" if data["test"] <= 1000 else "the first 1,000"} test images, whole files: {codecs}
 bits/dim.
@@ -1195,6 +1381,23 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
+def launch(main: Callable[[], None]) -> None:
+    """main(), as a script: what interrupts it, and what the machine runs out of, in one line on standard error."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; --resume goes on from the last checkpoint of an unfinished training", 130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            raise
+        fail("out of memory: lower --batch-size, --latents or --limit")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror}; what was there before is kept; --resume goes on", 1)
+
+
 def in_notebook() -> bool:
     """Whether this is a cell of a Jupyter or Colab kernel, whose command line is the kernel's, not the user's."""
     return os.path.basename(sys.argv[0]) in ("ipykernel_launcher.py", "colab_kernel_launcher.py")
@@ -1229,6 +1432,7 @@ def parse_args(
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches and training noise")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
     add("--out", default="results", help=f"results go to OUT/{script}")
+    add("--resume", action="store_true", help="go on with an interrupted run, or with more epochs; otherwise as before")
     add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
     if not images:
         add("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on; several at once")
@@ -1255,7 +1459,8 @@ def parse_args(
     args.device = choose_device(args.device)
     args.precision = choose_precision(args.precision, args.device) if images else "fp32"
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items()))
-    return args, make_folder(Path(args.out) / ("smoke" if args.smoke else "") / script)
+    args.clock = Clock()
+    return args, Path(args.out) / ("smoke" if args.smoke else "") / script
 
 
 def choose_device(name: str) -> str:

@@ -11,7 +11,6 @@ N(mu(z), diag sigma(z)^2) (diagonal) and a decoder N(mu(z), sigma(z)^2 I) (isotr
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 from core import (
     VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
-    in_notebook, information_bounds, iwae, parse_args, run_seeds, save_figure, seeds_table, split_points,
-    standard_error, write_results,
+    in_notebook, information_bounds, iwae, launch, parse_args, run_seeds, save_figure, seeds_table, skipped_text,
+    split_points, standard_error, write_results,
 )  # fmt: skip
 
 MEAN = np.array([1.0, 2.0])
@@ -174,6 +173,7 @@ points, ± one standard error over them.
 
 The floor is the true density's mean −log p(x) on the same test points; no bound lies under it but by chance. Curves
 show train and test on as many points as validation has; the first tenth of the epochs may lie outside the axes.
+{skipped_text(metrics["curves"].values())}
 
 ## 2. Samples
 
@@ -256,7 +256,7 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Te
 
 def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """All of 1A with one seed: trains, writes the results into out, returns the metrics."""
-    start, curves, final, described, samples, tests, state, params = time.perf_counter(), {}, {}, {}, {}, {}, {}, 0
+    curves, final, described, samples, tests, state, params = {}, {}, {}, {}, {}, {}, 0
     evidence = plt.subplots(2, 4, figsize=(17, 7.5))
     for data_name in TURN:
         points = make_points(data_name)
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
             torch.manual_seed(args.seed)
             encoder, decoder = GaussianMLP(HIDDEN, nn.SiLU), GaussianMLP(HIDDEN, nn.SiLU, num_log_stds)
             model = VAE(encoder, decoder, StandardNormal((2,))).to(args.device)
-            curves[name] = fit(model, splits, args)
+            curves[name] = fit(model, splits, args, out / "progress" / f"{name}.pt")
             covariance, terms = true_covariance(data_name), evaluate(model, splits["test"])
             floor_stds, least_kl = closed_form(covariance, decoder_name)
             floor = cross_entropy(data_name, tests[data_name])
@@ -294,7 +294,7 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     evidence[0].suptitle("Above: test points by the latent that costs most. Below: what the decoder makes of the prior")
     save_figure(evidence[0], out / "evidence.png")
     plot_samples(samples, tests, final, out / "samples.png")
-    metrics = {**describe_run("q1a", args, described, params, start), "curves": curves, "final": final}
+    metrics = {**describe_run("q1a", args, described, params), "curves": curves, "final": final}
     write_results(out, metrics, write_report(metrics), state)
     return metrics
 
@@ -305,4 +305,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and not in_notebook():
-    main()
+    launch(main)

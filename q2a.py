@@ -11,7 +11,7 @@ on dequantised pixels, so that KL + decoder term bounds the code length of the 8
 
 import argparse
 
-from core import IMAGE_DEFAULTS, IMAGE_SMOKE, ImageVAE, StandardNormal, in_notebook, parse_args, run_images
+from core import IMAGE_DEFAULTS, IMAGE_SMOKE, ImageVAE, StandardNormal, in_notebook, launch, parse_args, run_images
 
 
 def make_model(args: argparse.Namespace) -> ImageVAE:
@@ -24,4 +24,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and not in_notebook():
-    main()
+    launch(main)

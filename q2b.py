@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from core import (
     IMAGE_DEFAULTS, IMAGE_SMOKE, FlowPrior, ImageVAE, Noise, StandardNormal, Terms, bits_per_dim, evaluate, fit,
-    in_notebook, information_bounds, kl_per_position, load_checkpoint, make_folder, normal_log_prob, parse_args,
+    in_notebook, information_bounds, kl_per_position, launch, load_checkpoint, normal_log_prob, parse_args,
     plot_tiles, run_images, save_figure, standard_error,
 )  # fmt: skip
 
-UNCOMPARED = ("out", "data_root", "compare", "evaluate")  # arguments in which 2a and 2b may differ
+UNCOMPARED = ("out", "data_root", "compare", "evaluate", "clock")  # arguments in which 2a and 2b may differ
 
 
 def make_2a(args: argparse.Namespace) -> ImageVAE:
@@ -100,13 +100,16 @@ def difference(a: Tensor, b: Tensor) -> dict[str, float]:
     return {"bpd": d.mean().item(), "se_bpd": standard_error(d)}
 
 
-def experiments(args: argparse.Namespace, a: ImageVAE, b: ImageVAE, splits: dict[str, Tensor]) -> dict[str, Any]:
+def experiments(
+    args: argparse.Namespace, a: ImageVAE, b: ImageVAE, splits: dict[str, Tensor], keep: Path | None
+) -> dict[str, Any]:
     """What the flow prior changes (test, paired by image), and what it does to z. a: 2a's model, b: 2b's."""
     x = splits["test"]
     print("the flow prior alone, fitted to 2a's frozen encoder:")
     torch.manual_seed(args.seed)
     fitted = PriorOnly(a, FlowPrior(a.prior.latent_shape).to(args.device))
-    fit(fitted, splits, argparse.Namespace(**{**vars(args), "epochs": -(-args.epochs // 3)}))
+    third = argparse.Namespace(**{**vars(args), "epochs": -(-args.epochs // 3)})
+    fit(fitted, splits, third, keep)
     terms_a, terms_b, terms_fitted = (evaluate(m, x) for m in (a, b, fitted))
     found: dict[str, Any] = {
         "neg_elbo": difference(terms_a.neg_elbo, terms_b.neg_elbo), "kl": difference(terms_a.kl, terms_b.kl),
@@ -246,14 +249,14 @@ def main(argv: list[str] | None = None) -> None:
     args, out = parse_args("q2b", argv, IMAGE_DEFAULTS, IMAGE_SMOKE, images=True, more=flags)
     folder = out.with_name("q2a")
     if args.compare and not args.evaluate and load_2a(args, None, folder)[0] is None:
-        run_images("q2a", args, make_folder(folder), make_2a, "2a: a convolutional VAE with a standard normal prior")
+        run_images("q2a", args, folder, make_2a, "2a: a convolutional VAE with a standard normal prior")
 
     def finish(model: ImageVAE, splits: dict[str, Tensor], metrics: dict[str, Any], out: Path) -> str:
         heading = "\n## Does the autoregressive prior make a difference, and why?\n"
         other, reason = load_2a(args, metrics["data"], folder)
         if other is None:
             return f"{heading}\n{reason} `python q2b.py --compare` trains 2a with the same arguments first.\n"
-        metrics["against_2a"] = found = experiments(args, other, model, splits)
+        metrics["against_2a"] = found = experiments(args, other, model, splits, out / "progress" / "prior_alone.pt")
         plot_experiments(found, f"2b against 2a, {metrics['data']['name']}", out / "experiments.png")
         few = torch.arange(100, device=splits["test"].device)
         panels = {}
@@ -267,4 +270,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and not in_notebook():
-    main()
+    launch(main)

@@ -64,7 +64,8 @@ def numbers(value):
 def test_smoke_run_leaves_all_its_files(smoke, script):
     folder, outputs = smoke
     names = {path.name for path in (folder / script).iterdir()}
-    assert names == {"metrics.json", "report.md", "checkpoint.pt"} | {f"{name}.png" for name in FIGURES[script]}
+    own = {"metrics.json", "report.md", "checkpoint.pt", "progress"}
+    assert names == own | {f"{name}.png" for name in FIGURES[script]}
     assert all(path.stat().st_size < 1_000_000 for path in (folder / script).glob("*.png"))
     first, *rest = outputs[script].splitlines()
     assert first.startswith(script) and "--device cpu" in first and "--seed 0" in first
@@ -267,7 +268,7 @@ def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference(smoke, 
             if deaf:
                 for parameter in models[-1].encoder.net[-1].parameters():
                     torch.nn.init.zeros_(parameter)
-        found = q2b.experiments(args, *models, splits)
+        found = q2b.experiments(args, *models, splits, None)
         assert "does not measurably change −ELBO" in q2b.verdict(found)
         assert "does not remove" in q2b.report(found)
         if deaf:
