@@ -22,6 +22,7 @@ import sys
 import textwrap
 import time
 import urllib.error
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -680,17 +681,21 @@ def _synthetic_batch(n: int, atlas: Tensor, generator: torch.Generator) -> np.nd
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, batch_size: int | None = None, seed: int = 0) -> Terms:
+def evaluate(
+    model: nn.Module, x: Tensor, batch_size: int | None = None, seed: int = 0, places: Tensor | None = None
+) -> Terms:
     """Both terms for every example of x, once each, in fp32 on fixed noise. x [N, ...] -> Terms of float64 [N], nats.
 
     The seed belongs to the evaluation, not to the run, so that two models are compared on the same noise. The result
-    depends on batch_size by rounding only; the default takes about a million numbers at a time.
+    depends on batch_size by rounding only; the default takes about a million numbers at a time. places, int64 [N]: each
+    example's place in its set, to which its noise belongs; 0, 1, 2, ... by default.
     """
     was_training = model.training
     model.eval()
     batch_size = batch_size or max(1, 2**20 // x[0].numel())
-    batches = torch.arange(len(x), device=x.device).split(batch_size)
-    terms = [model(x[i], Noise.fixed(i, seed)) for i in batches]
+    places = torch.arange(len(x), device=x.device) if places is None else places
+    batches = zip(x.split(batch_size), places.split(batch_size), strict=True)
+    terms = [model(some, Noise.fixed(where, seed)) for some, where in batches]
     model.train(was_training)
     return Terms(*(torch.cat(t).cpu().double() for t in zip(*terms, strict=True)))
 
@@ -1008,6 +1013,9 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a disk that is full does not name it
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -1025,10 +1033,13 @@ def write_json(path: Path, metrics: dict[str, Any]) -> None:
 def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """The dictionary that torch.save wrote, with these keys; no code in it is ever run (`weights_only`)."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about strange files: the error says enough
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         return {k: saved[k] for k in keys}
     except Exception as error:  # of the file system, zip, pickle or torch, each with its own
-        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
+        fail(f"{path}: not a readable checkpoint ({reason[0]})")
 
 
 def load_checkpoint(path: Path, script: str) -> dict[str, Any]:

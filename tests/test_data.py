@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import math
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,30 +106,6 @@ def test_data_hash_sees_one_changed_pixel(tmp_path):
     assert data.describe()["sha256"] != before
 
 
-def bad_files(folder):
-    good = dict(train=images(5), valid=images(3), test=images(2))
-    files = {
-        "missing": None, "keys": dict(train=images(5)), "empty": {**good, "test": images(2)[:0]},
-        "dtype": {**good, "test": images(2).astype(np.float32)}, "shape": {**good, "test": images(2)[:, :16]},
-        "few": dict(images=images(3)), "object": {**good, "test": np.array([{}, {}])},
-    }  # fmt: skip
-    for name, arrays in files.items():
-        if arrays is not None:
-            np.savez(folder / f"{name}.npz", **arrays)
-    whole = (folder / "few.npz").read_bytes()
-    (folder / "truncated.npz").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.npz").write_text("not an archive")
-    return [*files, "truncated", "text"]
-
-
-def test_bad_npz_files_get_one_line_and_status_2(tmp_path, capsys):
-    for name in bad_files(tmp_path):
-        with pytest.raises(SystemExit) as stop:
-            core.load_images(options(tmp_path / f"{name}.npz", tmp_path))
-        message = capsys.readouterr().err
-        assert stop.value.code == 2 and message.count("\n") == 1 and f"{name}.npz" in message
-
-
 # -------------------------------------------------------------------------------------------------------------- SVHN
 
 
@@ -192,19 +167,6 @@ def test_a_broken_svhn_file_is_fetched_again_and_without_network_is_an_error(tmp
 
 
 # --------------------------------------------------------------------------------------------------------- synthetic
-
-
-def test_an_npz_with_code_in_it_is_never_executed(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "exploded",))
-
-    np.savez(tmp_path / "x.npz", images=np.array([Bomb()], dtype=object))
-    with pytest.raises(SystemExit):
-        core.load_npz(tmp_path / "x.npz", 0)
-    assert not (tmp_path / "exploded").exists()
-    np.load(tmp_path / "x.npz", allow_pickle=True)["images"]  # control: the file is armed
-    assert (tmp_path / "exploded").exists()
 
 
 def test_synthetic_images_are_reproducible_and_as_compressible_as_svhn():
