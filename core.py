@@ -10,6 +10,7 @@ nats per example, and the mean over examples is taken once, last. `bits_per_dim`
 import argparse
 import copy
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -34,6 +36,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
@@ -51,11 +54,12 @@ PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128
 SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
 IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")  # of question 2
-IMAGE_SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
+IMAGE_SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic")
 MODEL_FLAGS = ("latents", "prior", "receptive_field")  # those that shape an image model
 FREE_FLAGS = ("epochs", "table_epochs", "resume", "out", "data", "data_root", "compare", "evaluate", "seeds")  # that
 # --resume may change; what --data holds is compared itself
 KEEP_SECONDS = 300  # between checkpoints within an epoch
+COMPILE_STEPS = 5000  # a training shorter than that does not win back the minute that compiling takes
 MOST_SKIPPED = 10  # steps in a row without a finite gradient, before training stops
 DPI = 130  # of every figure
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
@@ -91,14 +95,16 @@ class Noise:
 
     def uniform(self, *shape: int) -> Tensor:
         """u ~ U[0, 1), [B, *shape]."""
-        if self.examples is None:
-            return torch.rand(self.batch, *shape, device=self.device)
+        if self.examples is None:  # of several processes, each draws for all and keeps its own
+            rank, world = processes()
+            return torch.rand(self.batch * world, *shape, device=self.device)[rank::world]
         return self._bits(shape).float() / 2**24
 
     def normal(self, *shape: int) -> Tensor:
         """eps ~ N(0, 1), [B, *shape]; where fixed, the inverse normal CDF of a uniform, so at most 5.4 in size."""
         if self.examples is None:
-            return torch.randn(self.batch, *shape, device=self.device)
+            rank, world = processes()
+            return torch.randn(self.batch * world, *shape, device=self.device)[rank::world]
         bits = self._bits(shape)
         bits = bits.cpu() if self.device.type == "mps" else bits  # which has neither float64 nor ndtri
         return torch.special.ndtri((bits.double() + 0.5) / 2**24).float().to(self.device)
@@ -118,6 +124,29 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and the number of processes: 0 of 1, unless torchrun started several.
+
+    All run the same program on the same random numbers. In training each takes every world-th example of a batch, in
+    an evaluation of the set; and rank 0 alone writes and prints.
+    """
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over processes, without a gradient."""
+    x = x.detach().clone()
+    if processes()[1] > 1:
+        dist.all_reduce(x)
+    return x
 
 
 # -------------------------------------------------------------------------------------------------- distributions
@@ -554,6 +583,8 @@ def load_svhn(root: Path) -> list[np.ndarray]:
 
     The official train file is split 65,931 / 7,326 by a fixed permutation, so that validation is not the file's end.
     """
+    if processes()[0]:  # rank 0 downloads for all
+        barrier()
     try:
         train, test = (SVHN(str(root), split, download=True).data.transpose(0, 2, 3, 1) for split in ("train", "test"))
     except (OSError, RuntimeError, ValueError, urllib.error.URLError) as error:
@@ -561,6 +592,8 @@ def load_svhn(root: Path) -> list[np.ndarray]:
             f"no usable SVHN in {root} ({error}): put the official train_32x32.mat and test_32x32.mat there, or delete "
             "broken copies and go online; --data synthetic needs no download"
         )
+    if not processes()[0]:
+        barrier()
     order = np.random.RandomState(0).permutation(len(train))
     train, valid = np.split(train[order], [len(train) - round(len(train) / 10)])
     return [train, valid, test]
@@ -694,10 +727,14 @@ def evaluate(
     model.eval()
     batch_size = batch_size or max(1, 2**20 // x[0].numel())
     places = torch.arange(len(x), device=x.device) if places is None else places
-    batches = zip(x.split(batch_size), places.split(batch_size), strict=True)
+    rank, world = processes()
+    batches = zip(x[rank::world].split(batch_size), places[rank::world].split(batch_size), strict=True)
     terms = [model(some, Noise.fixed(where, seed)) for some, where in batches]
     model.train(was_training)
-    return Terms(*(torch.cat(t).cpu().double() for t in zip(*terms, strict=True)))
+    mine = torch.stack([torch.cat(t) for t in zip(*terms, strict=True)])  # (2, this process's examples)
+    whole = mine.new_zeros(2, len(x))
+    whole[:, rank::world] = mine
+    return Terms(*total(whole).cpu().double())
 
 
 def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
@@ -792,13 +829,15 @@ def fit(
     each, every split is evaluated, train and test on their first examples, no more than validation has. The weights
     kept are those of the epoch with the lowest negative ELBO on all of validation: curves["best_epoch"].
     """
-    train, num_dims = splits["train"], splits["train"][0].numel()
+    train = splits["train"]
     if args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is more than the {len(train)} training examples; choose a smaller one")
+    rank, world = processes()
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size} cannot be shared evenly by {world} processes")
     steps = len(train) // args.batch_size  # an epoch leaves out the remainder of its own random order
-    total = max(1, args.epochs * steps)
-    fused = train.device.type in ("cpu", "cuda")
-    optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=fused)
+    all_steps = max(1, args.epochs * steps)
+    optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=train.device.type in ("cpu", "cuda"))
     curves: dict[str, Any] = {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}}
     at: dict[str, Any] = {
         "epoch": 0, "step": 0, "order": torch.empty(0), "seconds": 0.0, "curves": curves, "best": math.inf,
@@ -809,22 +848,13 @@ def fit(
     if getattr(args, "resume", False):
         kept.load(at, args)
     start = time.perf_counter() - at["seconds"]
+    net: Any = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    net = torch.compile(net) if pays_to_compile(args, all_steps) else net
 
     def step(x: Tensor, k: int) -> None:
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * one_cycle(k, total)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            recon, kl = model(x, Noise(len(x), x.device))
-            recon, kl = (bits_per_dim(term.mean(), num_dims) for term in (recon, kl))
-            loss = recon + kl_weight(k / total, warmup) * kl.clamp(min=free_bits)
-        optimiser.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        bad = 1 - torch.isfinite(norm + loss.detach()).float()
-        if fused:  # such a step leaves weights and moments alone where found_inf is 1, without a word to the host
-            vars(optimiser)["found_inf"] = bad
-        if fused or not bad:
-            optimiser.step()
+            group["lr"] = args.lr * one_cycle(k, all_steps)
+        bad = train_step(net, optimiser, x, args.precision, kl_weight(k / all_steps, warmup), free_bits)
         in_a_row, most, all_ = at["skipped"]
         at["skipped"] = torch.stack([(in_a_row + 1) * bad, torch.maximum(most, (in_a_row + 1) * bad), all_ + bad])
 
@@ -833,18 +863,19 @@ def fit(
             at["order"] = torch.randperm(len(train), device=train.device)[: steps * args.batch_size]
         batches = at["order"].split(args.batch_size)[at["step"] :]
         bar = f"epoch {at['epoch']}/{args.epochs}"
-        for batch in tqdm(batches, bar, steps, initial=at["step"], leave=False, disable=None):
-            step(train[batch], (at["epoch"] - 1) * steps + at["step"])
+        for batch in tqdm(batches, bar, steps, initial=at["step"], leave=False, disable=rank > 0 or None):
+            step(train[batch[rank::world]], (at["epoch"] - 1) * steps + at["step"])
             at["step"] += 1
             if at["step"] % 10 == 0 and at["skipped"][1] >= MOST_SKIPPED:  # looked at rarely: it waits for the device
                 fail(
                     f"{MOST_SKIPPED} steps in a row without a finite gradient, epoch {at['epoch']}, by step "
                     f"{at['step']}: try a lower --lr or --precision fp32{kept.hint(' (the last checkpoint: {})')}", 1
                 )  # fmt: skip
-            if signals or time.monotonic() - kept.written > KEEP_SECONDS:
+            stop = (world == 1 or at["step"] % 10 == 0) and highest(signals)  # all processes stop at one step
+            if stop or time.monotonic() - kept.written > KEEP_SECONDS:
                 kept.save(at | {"seconds": time.perf_counter() - start}, args)
-            if signals:
-                leave(signals[0], kept)
+            if stop:
+                leave(stop, kept)
 
     with catch_signals() as signals:
         while at["epoch"] <= args.epochs:
@@ -857,10 +888,31 @@ def fit(
                 fail(f"training diverged in epoch {at['epoch']}: the bound is not a number; try a lower --lr", status=1)
             note_epoch(at, bounds, model)
             kept.save(at, args)
-            if signals:
-                leave(signals[0], kept)
+            if stop := highest(signals):
+                leave(stop, kept)
     model.load_state_dict(at["best_state"])
     return at["curves"] | {"skipped_steps": int(at["skipped"][2])}
+
+
+def train_step(
+    net: nn.Module, optimiser: Any, x: Tensor, precision: str, kl_weight: float = 1.0, free_bits: float = 0.0
+) -> Tensor:
+    """One step of Adam on this process's share x of a batch. Returns 1 where it was skipped, for want of a finite loss
+    and gradient, else 0; [], on the device, so that nothing here waits for it."""
+    world = processes()[1]
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        recon, kl = (bits_per_dim(term.mean(), x[0].numel()) for term in net(x, Noise(len(x), x.device)))
+        loss = recon + kl_weight * (total(kl) > free_bits * world) * kl
+    optimiser.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+    bad = 1 - torch.isfinite(norm + total(loss)).float()
+    fused = optimiser.defaults["fused"]
+    if fused:  # such a step leaves weights and moments alone where found_inf is 1, without a word to the host
+        vars(optimiser)["found_inf"] = bad
+    if fused or not bad:
+        optimiser.step()
+    return bad
 
 
 def note_epoch(at: dict[str, Any], bounds: dict[str, dict[str, float]], model: nn.Module) -> None:
@@ -965,6 +1017,28 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
+def highest(signals: list[int]) -> int:
+    """The highest signal that any process has caught, 0 for none."""
+    if processes()[1] == 1:
+        return max(signals, default=0)
+    number = torch.tensor(max(signals, default=0), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def pays_to_compile(args: argparse.Namespace, steps: int) -> bool:
+    """--compile: on, off, or auto, which is on where kernels are built for a GPU and the steps win back the time."""
+    choice = getattr(args, "compile", "off")
+    if choice == "off":
+        return False
+    builder = "triton" if args.device.startswith("cuda") else "a C++ compiler"
+    found = importlib.util.find_spec("triton") if builder == "triton" else shutil.which(os.environ.get("CXX", "g++"))
+    if choice == "on" and not found:
+        fail(f"--compile on: torch.compile needs {builder}, which is not here; use --compile off")
+    torch._inductor.config.fallback_random = True  # the same random numbers as without
+    return bool(found) and (choice == "on" or (builder == "triton" and steps >= COMPILE_STEPS))
+
+
 def leave(number: int, kept: Checkpoint) -> NoReturn:
     """Stop because of a signal, and say how to go on; in a notebook as an interrupted cell, so its kernel lives."""
     if in_notebook():
@@ -998,7 +1072,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / ".writable", lambda file: None)
-        (path / ".writable").unlink()
+        (path / ".writable").unlink(missing_ok=True)
     except OSError as error:
         fail(f"cannot write into the folder {path}: {error.strerror}; choose another with --out or --data-root")
     return path
@@ -1006,6 +1080,8 @@ def make_folder(path: Path) -> Path:
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Let `write` fill a file, so that path holds all of it or what it held before: a temporary file, then a rename."""
+    if processes()[0]:  # rank 0 writes for all
+        return
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -1056,6 +1132,7 @@ def write_results(out: Path, metrics: dict[str, Any], report: str, state: dict[s
     write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
     write_text(out / "report.md", report)
     write_json(out / "metrics.json", metrics)
+    barrier()
     print(f"wrote {out / 'report.md'}, its figures, metrics.json and checkpoint.pt")
 
 
@@ -1381,7 +1458,8 @@ bits/dim.
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on standard error: status 2 for bad input, 1 for a run that failed."""
-    print(f"error: {message}", file=sys.stderr)
+    if not processes()[0]:
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -1407,6 +1485,9 @@ def launch(main: Callable[[], None]) -> None:
         if error.errno is None:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}; what was there before is kept; --resume goes on", 1)
+    finally:
+        if processes()[1] > 1:
+            dist.destroy_process_group()
 
 
 def in_notebook() -> bool:
@@ -1458,6 +1539,8 @@ def parse_args(
         add("--latents", type=number(int, 0 if script == "bonus" else 1, 4096), help="channels of z, 8 x 8 positions")
         precision = "of training steps (auto: bf16 where the hardware multiplies it); reported bounds are fp32"
         add("--evaluate", metavar="CHECKPOINT", help="train nothing: bounds of a checkpoint on the data's test split")
+        compile_ = "torch.compile of training steps (auto: on a GPU, for long trainings)"
+        add("--compile", choices=("auto", "on", "off"), default="auto", help=compile_)
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     more(add)
     if argv is None and in_notebook():
@@ -1467,7 +1550,7 @@ def parse_args(
     if args.smoke:
         parser.set_defaults(**smoke)
         args = parser.parse_args(argv)
-    args.device = choose_device(args.device)
+    args.device = join_processes(choose_device(args.device), alone=not images)
     args.precision = choose_precision(args.precision, args.device) if images else "fp32"
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items()))
     args.clock = Clock()
@@ -1483,6 +1566,24 @@ def choose_device(name: str) -> str:
     if not present[name]:
         fail(f"--device {name}: this machine or this build of torch has none; use --device auto")
     return name
+
+
+def join_processes(device: str, alone: bool) -> str:
+    """Under torchrun, join the other processes (nccl on GPUs, gloo on CPUs); this one's device.
+
+    Each takes a GPU of its own. alone: for scripts that do not share their work.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or processes()[1] > 1:
+        return device
+    if alone:
+        fail("this script trains in one process: start it with python, not with torchrun")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = io.StringIO()  # rank 0 prints for all
+    return device
 
 
 def choose_precision(name: str, device: str) -> str:

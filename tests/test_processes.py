@@ -1,0 +1,47 @@
+"""torchrun with two processes on the CPU: the same batches, noise and bounds as one, and every file written once."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+FLAGS = ["--smoke", "--epochs", "2", "--precision", "fp32"]
+
+
+def run_two(script, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / f"{script}.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("script, more", [("q2b", []), ("bonus", ["--free-bits", "0.05", "--table-epochs", "0"])])
+def test_two_processes_train_as_one(script, more, tmp_path):
+    importlib.import_module(script).main([*FLAGS, *more, "--out", str(tmp_path / "one")])
+    run = run_two(script, *FLAGS, *more, "--out", str(tmp_path / "two"))
+    assert run.returncode == 0, run.stderr
+    one, two = (json.loads((tmp_path / out / "smoke" / script / "metrics.json").read_text()) for out in ("one", "two"))
+    for split in ("train", "valid", "test"):
+        for key, values in one["curves"][split].items():
+            assert two["curves"][split][key] == pytest.approx(values, rel=2e-3, abs=2e-4)
+    assert one["curves"]["test"]["neg_elbo_bpd"][0] != pytest.approx(one["curves"]["test"]["neg_elbo_bpd"][2], rel=1e-2)
+    folders = [tmp_path / out / "smoke" for out in ("one", "two")]
+    assert len({frozenset(p.relative_to(folder) for folder in [f] for p in f.rglob("*.*")) for f in folders}) == 1
+    assert run.stdout.count("epoch   2/2") == 1 and not list(tmp_path.rglob("*.part"))
+    states = [torch.load(f / script / "checkpoint.pt", weights_only=True)["state"] for f in folders]
+    assert all((states[0][k] - states[1][k]).abs().max() < 2e-3 for k in states[0])
+
+
+def test_what_cannot_be_shared_is_refused_in_one_line(tmp_path):
+    for script, flags, words in (
+        ("q2a", ["--smoke", "--batch-size", "15"], "--batch-size 15 cannot be shared evenly by 2 processes"),
+        ("q1a", ["--smoke"], "not with torchrun"),
+    ):
+        run = run_two(script, *flags, "--out", str(tmp_path))
+        lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+        assert run.returncode and len(set(lines)) == 1 and words in lines[0]
+        assert not list(tmp_path.rglob("*.*"))
