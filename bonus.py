@@ -34,7 +34,7 @@ GAIN = 8  # by which the differences between neighbours are enlarged before the 
 COMPONENTS = 10  # logistics in a pixel's mixture
 WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
-DEFAULTS = {**IMAGE_DEFAULTS, "lr": 2e-3, "receptive_field": 3, "prior": "flow", "free_bits": 0.02}
+DEFAULTS = {**IMAGE_DEFAULTS, "lr": 2e-3, "receptive_field": 3, "prior": "flow", "blind": 1.0, "free_bits": 0.0}
 SMOKE = {**IMAGE_SMOKE, "table_epochs": 1}
 TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
 
@@ -134,11 +134,11 @@ class LocalPixelCNN(nn.Module):
         """[B, C, 8, 8] -> [B, WIDTH, 32, 32]; zeros where there is no code."""
         return self.trunk(z) if self.trunk else z.new_zeros(len(z), WIDTH, 32, 32)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x [B, 3, 32, 32] in [-1, 1], z [B, C, 8, 8] -> [B, 10 K, 32, 32]."""
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        """x [B, 3, 32, 32] in [-1, 1], `features` of z [B, WIDTH, 32, 32] -> [B, 10 K, 32, 32]."""
         with torch.autocast(x.device.type, enabled=False):
             average = self.average(x)
-        return add_to_means(self.rest(self.first(GAIN * x) + self.level(average) + self.features(z)), average)
+        return add_to_means(self.rest(self.first(GAIN * x) + self.level(average) + features), average)
 
     @torch.no_grad()
     def sample(self, z: Tensor, noise: Noise, slope: int | None = None) -> Tensor:
@@ -170,19 +170,28 @@ class LossyVAE(VAE):
 
     decoder: LocalPixelCNN
 
-    def __init__(self, latent_channels: int, receptive_field: int, prior: str):
+    def __init__(self, latent_channels: int, receptive_field: int, prior: str, blind: float = 0.0):
         encoder = ConvEncoder(latent_channels) if latent_channels else NoCode()
         make_prior = PRIORS[prior] if latent_channels else StandardNormal
         decoder = LocalPixelCNN(latent_channels, receptive_field)
         super().__init__(encoder, decoder, make_prior((latent_channels, 8, 8)))
+        self.blind = blind if latent_channels else 0.0
 
     def forward(self, levels: Tensor, noise: Noise) -> Any:
         """levels uint8 [B, 3, 32, 32] -> Terms of [B], nats, whose sum bounds -log P(levels) from above."""
         return super().forward(self.to_x(levels, noise), noise)
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
-        """log P(levels | z). x: the levels' bin centres [B, 3, 32, 32] -> [B], nats."""
-        return mixture_log_prob(quantise(x), self.decoder(x, z))
+        """log P(levels | z). x: the levels' bin centres [B, 3, 32, 32] -> [B], nats.
+
+        In training, plus `blind` times the same for a decoder that sees no neighbours: neighbours teach the decoder
+        faster than z does, and one that has learned to do without z never asks for it again.
+        """
+        levels, features = quantise(x), self.decoder.features(z)
+        log_p = mixture_log_prob(levels, self.decoder(x, features))
+        if self.training and self.blind:
+            log_p = log_p + self.blind * mixture_log_prob(levels, self.decoder.rest(features))
+        return log_p
 
     def to_x(self, levels: Tensor, noise: Noise | None = None) -> Tensor:
         """Bin centres: uint8 [B, 3, 32, 32] -> the same in [-1, 1]."""
@@ -198,7 +207,7 @@ class LossyVAE(VAE):
 
 
 def make_model(args: argparse.Namespace) -> LossyVAE:
-    return LossyVAE(args.latents, args.receptive_field, args.prior)
+    return LossyVAE(args.latents, args.receptive_field, args.prior, args.blind)
 
 
 # ------------------------------------------------------------------------------------------------------ the answers
@@ -293,7 +302,9 @@ def finish(args: argparse.Namespace, model: LossyVAE, splits: dict[str, Tensor],
 
 The code of a test image holds {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position
 of the 8 x 8 grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the
-prior. The remedy is `--free-bits`, bits/dim of KL that training does not charge for; here {args.free_bits:g}.
+prior. The remedies, in training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours,
+so that z has to hold the picture, here {args.blind:g}; and `--free-bits`, bits/dim of KL that are not charged for, here
+{args.free_bits:g}.
 
 ## Ten samples and the training images nearest to them
 
@@ -307,6 +318,8 @@ def flags(add: Callable[..., Any]) -> None:
     """The flags that only this script has."""
     add("--receptive-field", type=number(int, 1, 15), help="rows above, and columns to each side, that a pixel sees")
     add("--prior", choices=tuple(PRIORS), help="of z")
+    blind = "weight, in training, of a decoder term without neighbours, so that z is used; bounds are without it"
+    add("--blind", type=number(float, 0, 100), help=blind)
     add("--free-bits", type=number(float, 0, 8), help="bits/dim of KL that training does not charge for")
     add("--table-epochs", type=number(int, 0, 10**9), help="of each row of the receptive-field table; 0: no table")
 

@@ -12,7 +12,7 @@ import bonus
 from bonus import LocalPixelCNN, LossyVAE, logistic_log_prob, mixture_log_prob, mixture_sample
 from core import (
     FlowPrior, MaskedConv2d, MaskedResidual, Noise, StandardNormal, bits_per_dim, bounded_log_std, evaluate, in_bits,
-    kl_per_position, wavefront_slope, wavefronts,
+    kl_per_position, quantise, wavefront_slope, wavefronts,
 )  # fmt: skip
 
 LEVELS = torch.arange(256)
@@ -114,7 +114,7 @@ def test_samples_follow_log_prob():
 
 def seen_by(net, row, column):
     x = torch.rand(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
-    out = net(x, torch.randn(1, 2, 8, 8, dtype=torch.float64))[0, :, row, column].sum()
+    out = net(x, net.features(torch.randn(1, 2, 8, 8, dtype=torch.float64)))[0, :, row, column].sum()
     return torch.autograd.grad(out, x)[0].abs().sum((0, 1)) > 0
 
 
@@ -129,7 +129,7 @@ def test_receptive_field_is_exactly_as_large_as_its_name_says(n):
 def test_a_pixel_sees_the_code_but_not_itself_nor_the_future():
     net = tiny_pixelcnn()
     z = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
-    out = net(torch.rand(1, 3, 32, 32).double(), z)[0, :, 5, 5].sum()
+    out = net(torch.rand(1, 3, 32, 32).double(), net.features(z))[0, :, 5, 5].sum()
     assert torch.autograd.grad(out, z)[0].abs().sum() > 0
     assert not seen_by(net, 5, 5).flatten()[5 * 32 + 5 :].any()
     net.first = nn.Conv2d(3, bonus.WIDTH, 3, padding=1).double()  # control: without the mask the future is seen
@@ -220,7 +220,7 @@ def test_log_prob_of_model_samples_matches_the_entropy_that_the_model_states():
     levels = net.sample(torch.zeros(n, 0, 8, 8), Noise.fixed(torch.arange(n), 0))
     x = (levels + 0.5) / 128 - 1
     with torch.no_grad():
-        params = net(x, torch.zeros(n, 0, 8, 8))
+        params = net(x, net.features(torch.zeros(n, 0, 8, 8)))
         nats = -mixture_log_prob(levels, params).mean().item()
         again = mixture_sample(params.double(), torch.rand(n, 13, 32, 32).double().clamp(1e-9, 1 - 1e-9))
         entropy = -mixture_log_prob(((again + 1) * 128 - 0.5).round(), params).mean().item()
@@ -273,6 +273,23 @@ def test_free_bits_leave_a_kl_below_them_uncharged():
         fit(model, splits, argparse.Namespace(epochs=1, batch_size=10, lr=1e-3, precision="fp32"), free_bits=free_bits)
         gradients.append(model.prior.net[-1].weight.grad.abs().max().item())
     assert gradients[0] > 0 and gradients[1] == 0  # only the KL moves the prior
+
+
+def test_the_blind_term_is_in_training_alone_and_sees_no_neighbours():
+    torch.manual_seed(0)
+    x, z = LossyVAE(2, 1, "normal").to_x(torch.randint(0, 256, (3, 3, 32, 32))), torch.randn(3, 2, 8, 8)
+    models = {}
+    for blind in (0.0, 2.0):
+        torch.manual_seed(1)
+        models[blind] = LossyVAE(2, 1, "normal", blind)
+        torch.nn.init.normal_(models[blind].decoder.rest[-1].weight, std=0.05)
+    model = models[2.0]
+    with torch.no_grad():
+        assert torch.equal(model.eval().log_p_x(x, z), models[0.0].eval().log_p_x(x, z))
+        seeing, both = model.log_p_x(x, z), model.train().log_p_x(x, z)
+        assert torch.equal(models[0.0].train().log_p_x(x, z), seeing)
+    from_z_alone = mixture_log_prob(quantise(x), model.decoder.rest(model.decoder.features(z)))
+    assert torch.allclose(both, seeing + 2 * from_z_alone, rtol=1e-5) and ((from_z_alone - seeing).abs() > 1).all()
 
 
 def test_sampled_colours_follow_the_colours_before_them():

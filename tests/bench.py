@@ -1,0 +1,253 @@
+"""How fast, and how near to what the machine can do: one table, ratios measured in one run, medians.
+
+python tests/bench.py        ->  results/bench/metrics.json, report.md   (ten minutes on two idle cores)
+python tests/bench.py --short    a few seconds, to see that it works
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import bonus  # noqa: E402
+import core  # noqa: E402
+import q2a  # noqa: E402
+import q2b  # noqa: E402
+
+SCRIPTS = {"q2a": q2a, "q2b": q2b, "bonus": bonus}
+
+
+def now(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make_model(script, device):
+    torch.manual_seed(0)
+    args = argparse.Namespace(latents=16, prior="flow", receptive_field=3)
+    return SCRIPTS[script].make_model(args).to(device)
+
+
+def plain_way(script, images, batch_size, device):
+    """What a good student writes: fp32, eager, a DataLoader over a TensorDataset, the loss looked at each step."""
+    model = make_model(script, device)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-5)
+    loader = DataLoader(TensorDataset(images.cpu()), batch_size, shuffle=True, drop_last=True)
+
+    def run(steps):
+        losses, done = [], 0
+        while done < steps:
+            for (x,) in loader:
+                x = x.to(device)
+                recon, kl = model(x, core.Noise(len(x), x.device))
+                loss = core.bits_per_dim((recon + kl).mean(), 3072)
+                optimiser.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+                losses.append(loss.item())
+                done += 1
+                if done == steps:
+                    break
+
+    return run
+
+
+def our_way(script, images, batch_size, device, precision, compiled):
+    """A step of core.fit: the set on the device, channels-last, fused Adam."""
+    model = make_model(script, device).to(memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
+    torch._inductor.config.fallback_random = True
+    net, images = (torch.compile(model) if compiled else model), images.to(device)
+
+    def run(steps):
+        order = torch.randperm(len(images), device=device)[: steps * batch_size]
+        for batch in order.split(batch_size):
+            core.train_step(net, optimiser, images[batch], precision)
+
+    return run
+
+
+def training_speed(device, batch_size, rounds, steps, modes):
+    """Images per second of every model in every mode, and the fraction of the product rate of a bf16 or fp32 step."""
+    images = torch.randint(0, 256, (steps * batch_size, 3, 32, 32), dtype=torch.uint8)
+    table = {}
+    for script in SCRIPTS:
+        runs = {"plain": plain_way(script, images, batch_size, device)}
+        runs |= {m: our_way(script, images, batch_size, device, m[:4], "compiled" in m) for m in modes}
+        with FlopCounterMode(display=False) as counter:
+            our_way(script, images, 2, device, "fp32", False)(1)
+        gflop = counter.get_total_flops() / 2 / 1e9
+        seconds, rates = {mode: [] for mode in runs}, {"fp32": [], "bf16": []}
+        for run in runs.values():
+            run(2)  # compile, allocate, choose kernels
+        for _ in range(rounds):
+            for precision in rates:
+                rates[precision].append(product_rate(device, precision))
+            for mode, run in runs.items():
+                start = now(device)
+                run(steps)
+                seconds[mode].append(now(device) - start)
+        row = {"gflop_an_image": gflop, "gflops_of_products": {p: statistics.median(r) for p, r in rates.items()}}
+        for mode, times in seconds.items():
+            speed = steps * batch_size / statistics.median(times)
+            peak = row["gflops_of_products"]["bf16" if mode.startswith("bf16") else "fp32"]
+            row[mode] = {"images_per_s": speed, "times_plain": statistics.median(seconds["plain"]) /
+                         statistics.median(times), "of_product_rate": speed * gflop / peak}  # fmt: skip
+            print(f"{script:6} {mode:14} {speed:8.1f} images/s, {row[mode]['times_plain']:5.2f} x plain, "
+                  f"{row[mode]['of_product_rate']:6.1%} of the product rate", flush=True)  # fmt: skip
+        table[script] = row
+    return table
+
+
+def product_rate(device, precision, size=2048):
+    """GFLOP/s of a large matrix product."""
+    size = size if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, {"fp32": "float32"}.get(precision, "bfloat16")))
+            for _ in range(2))  # fmt: skip
+    a @ b
+    start = now(device)
+    for _ in range(3):
+        a @ b
+    return 3 * 2 * size**3 / (now(device) - start) / 1e9
+
+
+def sampling(device, n, rounds):
+    """Seconds for n samples: wavefronts against raster order, one position at a time, of flow and decoder."""
+    model = make_model("bonus", device).eval()
+    torch.nn.init.normal_(model.prior.net[-1].weight, std=0.02)
+    noise = core.Noise.fixed(torch.arange(n, device=device), 0)
+    eps = noise.normal(*model.prior.latent_shape)
+    ways = {
+        "flow": lambda slope: model.prior.eps_to_z(eps, slope),
+        "decoder": lambda slope: model.decoder.sample(eps, core.Noise.fixed(torch.arange(n, device=device), 1), slope),
+    }
+    table = {}
+    for name, way in ways.items():
+        seconds, results = {None: [], 32: []}, {}
+        for _ in range(rounds):
+            for slope, times in seconds.items():
+                start = now(device)
+                results[slope] = way(slope)
+                times.append(now(device) - start)
+        wavefront, raster = (statistics.median(times) for times in seconds.values())
+        table[name] = {"wavefront_s": wavefront, "raster_s": raster, "identical": torch.equal(*results.values())}
+        start = now(device)
+        with torch.no_grad():
+            if name == "flow":
+                model.prior.shift_and_scale(eps)
+            else:
+                model.decoder(torch.zeros(n, 3, 32, 32, device=device), model.decoder.features(eps))
+        table[name]["one_whole_pass_s"] = now(device) - start
+        print(f"sampling {n}, {name}: {table[name]}", flush=True)
+    return table
+
+
+def child(code, *flags):
+    """Run a script in a process of its own; its seconds and its peak memory in MB."""
+    import resource
+
+    before = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *code, *flags], stdout=subprocess.DEVNULL, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{code} {flags} ended with {status}")
+    assert resource
+    return time.perf_counter() - before, usage.ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+
+
+def memory(out, images):
+    """Peak memory, MB, of q2a: how it grows with epochs, batch and number of images."""
+    base = dict(epochs=1, batch_size=16, limit=images)
+    table = {}
+    for name, change in {"base": {}, "3 epochs": dict(epochs=3), "batch 64": dict(batch_size=64),
+                         "4 x images": dict(limit=4 * images)}.items():  # fmt: skip
+        flags = [w for k, v in (base | change).items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        table[name] = child(["q2a.py"], "--data", "synthetic", "--out", f"{out}/{name}", *flags)[1]
+        print(f"peak memory, {name}: {table[name]:.0f} MB", flush=True)
+    return table
+
+
+START_UP = """
+import sys, time
+import core, q2a
+def first(*args):
+    raise SystemExit(0)
+core.train_step = first
+q2a.main(["--smoke", "--out", sys.argv[1]])
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", default="results/bench")
+    args = parser.parse_args()
+    args.clock, device = core.Clock(), core.choose_device(args.device)
+    modes = ["fp32", "bf16"] + ([] if args.short else ["bf16 compiled"])
+    rounds, steps = (1, 1) if args.short else (5, 4 if device == "cpu" else 50)
+    with tempfile.TemporaryDirectory() as out:
+        metrics = {
+            "training": training_speed(device, args.batch_size, rounds, steps, modes),
+            "sampling": sampling(device, 4 if args.short else 100, rounds),
+        }
+        if device == "cpu" and sys.platform != "win32":
+            metrics["peak_memory_mb"] = memory(out, 80 if args.short else 160)
+            starts = [child(["-c", START_UP], out)[0] for _ in range(rounds)]
+            metrics["seconds_to_first_step"] = statistics.median(starts)
+            if not args.short:
+                metrics["seconds_q1a"], metrics["seconds_q1b"] = (
+                    child([f"{q}.py"], "--out", out)[0] for q in ("q1a", "q1b")
+                )
+    args.device = device
+    head = core.describe_run("bench", args, "random images", 0)
+    folder = core.make_folder(Path(args.out))
+    core.write_json(folder / "metrics.json", {**head, **metrics})
+    core.write_text(folder / "report.md", report({**head, **metrics}))
+    print((folder / "report.md").read_text("utf-8"))
+
+
+def report(metrics):
+    """The table of metrics.json in words."""
+    rows = [
+        f"| {script} | {mode} | {r['images_per_s']:,.0f} | {r['times_plain']:.2f} | {r['of_product_rate']:.0%} |"
+        for script, row in metrics["training"].items() for mode, r in row.items() if isinstance(r, dict)
+        and "images_per_s" in r
+    ]  # fmt: skip
+    text = ["# Speed", "", f"{metrics['env']['device']}, {metrics['env']['threads']} threads, torch "
+            f"{metrics['env']['torch']}, batches of {metrics['args']['batch_size']}; medians of several rounds in one "
+            f"run of {metrics['seconds']:.0f} s.", "",
+            "| model | training step | images/s | times plain | of the rate of a large matrix product |",
+            "|---|---|---|---|---|", *rows, "",
+            "plain: fp32, eager, a DataLoader over a TensorDataset, the loss looked at each step; same network. The "
+            "product's rate is measured in the same precision and run, the step's operations are counted by torch.",
+            "", "| samples | wavefronts, s | raster order, one position a step, s | identical | one whole pass, s |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    text += [
+        f"| {name} | {s['wavefront_s']:.2f} | {s['raster_s']:.2f} | {s['identical']} | {s['one_whole_pass_s']:.2f} |"
+        for name, s in metrics["sampling"].items()
+    ]
+    text += ["", "Raster order with whole passes, as in the textbook, takes 64 (flow) or 1,024 (decoder) of those.", ""]
+    for key in ("peak_memory_mb", "seconds_to_first_step", "seconds_q1a", "seconds_q1b"):
+        if key in metrics:
+            value = metrics[key]
+            shown = ", ".join(f"{k} {v:.0f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.1f}"
+            text.append(f"{key.replace('_', ' ')}: {shown}\n")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    main()
