@@ -847,6 +847,8 @@ def fit(
     kept = Checkpoint(keep, model, optimiser, args, splits)
     if getattr(args, "resume", False):
         kept.load(at, args)
+    else:
+        kept.set_aside()
     start = time.perf_counter() - at["seconds"]
     net: Any = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net) if pays_to_compile(args, all_steps) else net
@@ -978,6 +980,13 @@ class Checkpoint:
         random_states(saved["random"])
         args.clock.go_on_from(at["run_seconds"])
         print(f"going on from {self.path}: epoch {at['epoch']}, step {at['step']}")
+
+    def set_aside(self) -> None:
+        """Rename the file of an earlier run, which this one would write over: it may have been unfinished."""
+        if self.path and self.path.exists() and not processes()[0]:
+            old = self.path.with_suffix(".old.pt")
+            os.replace(self.path, old)
+            print(f"an earlier run's checkpoint is now {old}; --resume would have gone on from it")
 
     def hint(self, text: str) -> str:
         """text with the checkpoint's path in it; nothing where there is none."""

@@ -1,20 +1,50 @@
 """The README's results table, from results/published: `python tests/readme_table.py` writes it into README.md."""
 
 import json
+import statistics
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAD = """| question, model | data | −ELBO | KL | decoder term | reference | epochs | seconds, whole script |
-|---|---|---|---|---|---|---|---|
+sys.path.insert(0, str(ROOT))
+import bonus  # noqa: E402
+import core  # noqa: E402
+import q1a  # noqa: E402
+import q1b  # noqa: E402
+
+HEAD = """| question, model | data | −ELBO, bits/dim | KL | decoder term | reference | epochs | s | threads | command |
+|---|---|---|---|---|---|---|---|---|---|
 """
+DEFAULTS = {"q1a": q1a.DEFAULTS, "q1b": q1b.DEFAULTS, "bonus": bonus.DEFAULTS}
+UNSAID = ("out", "device", "precision", "smoke", "evaluate", "data_root", "clock", "resume", "compile")
 
 
-def row(metrics, what, bound, reference):
-    """One line of the table: test figures in bits/dim."""
-    data = metrics["data"].get("name", "Gaussian")
+def command(metrics):
+    """The command line that made a run: its script and the flags that are not at their defaults."""
+    defaults = {"seed": 0, "seeds": 1, "limit": None, "compare": False}
+    defaults |= DEFAULTS.get(metrics["script"], core.IMAGE_DEFAULTS)
+    flags = [f"{metrics['script']}.py"]
+    for name, value in metrics["args"].items():
+        if name not in (*UNSAID, "compare" if metrics["script"] == "q2a" else "") and value != defaults.get(name):
+            flags.append(f"--{name.replace('_', '-')}")
+            flags += [] if value is True else [Path(value).name if name == "data" else f"{value}"]
+    return "python " + " ".join(flags)
+
+
+def row(metrics, what, bound, reference, others=()):
+    """One line of the table: test figures; over seeds their mean and standard deviation, else ± the standard error."""
+    data, cell = (
+        metrics["data"].get("name", "Gaussian"),
+        f"{bound['neg_elbo_bpd']:.4f} ± {bound['neg_elbo_se_bpd']:.4f}",
+    )
+    kl, recon = bound["kl_bpd"], bound["recon_bpd"]
+    if others:
+        values = [f["neg_elbo_bpd"] for f in others]
+        cell = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f} (sd, n = {len(values)})"
+        kl, recon = (statistics.mean(f[key] for f in others) for key in ("kl_bpd", "recon_bpd"))
     return (
-        f"| {what} | {data} | {bound['neg_elbo_bpd']:.4f} ± {bound['neg_elbo_se_bpd']:.4f} | {bound['kl_bpd']:.4f} "
-        f"| {bound['recon_bpd']:.4f} | {reference} | {metrics['args']['epochs']} | {metrics['seconds']:,.0f} |"
+        f"| {what} | {data} | {cell} | {kl:.4f} | {recon:.4f} | {reference} | {metrics['args']['epochs']} "
+        f"| {metrics['seconds']:,.0f} | {metrics['env']['threads']} | `{command(metrics)}` |"
     )
 
 
@@ -34,7 +64,8 @@ def rows():
         if script in ("q1a", "q1b"):
             for model, f in metrics["final"].items():
                 bound, what = f.get("test", f), f"{script[1:].upper()}, {model.replace('_', ', ')}"
-                yield row(metrics, what, bound, f"true density {bound['floor_bpd']:.4f}")
+                seeds = [final[model].get("test", final[model]) for final in metrics.get("seeds", {}).values()]
+                yield row(metrics, what, bound, f"true density {bound['floor_bpd']:.4f}", seeds)
         else:
             measured = codecs.get(metrics["data"]["sha256"], {})
             reference = ", ".join(f"{codec} {value:.3f}" for codec, value in measured.items())

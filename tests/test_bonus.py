@@ -292,6 +292,25 @@ def test_the_blind_term_is_in_training_alone_and_sees_no_neighbours():
     assert torch.allclose(both, seeing + 2 * from_z_alone, rtol=1e-5) and ((from_z_alone - seeing).abs() > 1).all()
 
 
+def test_a_code_is_said_to_be_used_only_where_taking_it_away_costs():
+    torch.manual_seed(0)
+    brightness = torch.randint(20, 230, (40, 1, 1, 1))
+    levels = (brightness + torch.randint(-9, 10, (40, 3, 32, 32))).to(torch.uint8)
+    model = LossyVAE(1, 1, "normal").eval()
+    found = bonus.cost_of_another_code(model, levels)  # untrained: the decoder does not hear z
+    assert abs(found["another_code_costs_bpd"]) < 0.001 + 4 * found["another_code_costs_se_bpd"]
+
+    class Telling(torch.nn.Module):  # z is the image's mean, and the decoder's means are z
+        def forward(self, x):
+            mean = x.mean((1, 2, 3), keepdim=True).expand(-1, 1, 8, 8)
+            return mean, torch.full_like(mean, -6.0)
+
+    model.encoder = Telling()
+    model.log_p_x = lambda x, z: -1000 * (x - z.mean((1, 2, 3), keepdim=True)).abs().mean((1, 2, 3))
+    found = bonus.cost_of_another_code(model, levels)
+    assert found["another_code_costs_bpd"] > 0.001 + 4 * found["another_code_costs_se_bpd"]
+
+
 def test_sampled_colours_follow_the_colours_before_them():
     """All coefficients near 1, noise in R alone: G = R and B = R + G, up to a level or two."""
     params = torch.zeros(1, 10, 10, 1, 1, dtype=torch.float64)

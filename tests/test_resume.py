@@ -158,6 +158,15 @@ def test_resume_with_other_arguments_is_refused_and_names_them(change, named, fi
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")} == before
 
 
+def test_a_run_without_resume_sets_an_earlier_checkpoint_aside(finished, capsys):
+    path = finished / "smoke/q2a/progress/q2a.pt"
+    before = path.read_bytes()
+    run_main("q2a", finished, "--epochs", "0")
+    assert "q2a.old.pt; --resume would" in capsys.readouterr().out
+    assert path.with_suffix(".old.pt").read_bytes() == before != path.read_bytes()
+    path.with_suffix(".old.pt").replace(path)
+
+
 def test_resume_refuses_a_broken_checkpoint(finished, capsys):
     path = finished / "smoke/q2a/progress/q2a.pt"
     whole = path.read_bytes()
