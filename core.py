@@ -865,7 +865,9 @@ def fit(
             at["order"] = torch.randperm(len(train), device=train.device)[: steps * args.batch_size]
         batches = at["order"].split(args.batch_size)[at["step"] :]
         bar = f"epoch {at['epoch']}/{args.epochs}"
-        for batch in tqdm(batches, bar, steps, initial=at["step"], leave=False, disable=rank > 0 or None):
+        for batch in tqdm(
+            batches, bar, steps, initial=at["step"], leave=False, disable=rank > 0 or (not in_kernel() and None)
+        ):
             step(train[batch[rank::world]], (at["epoch"] - 1) * steps + at["step"])
             at["step"] += 1
             if at["step"] % 10 == 0 and at["skipped"][1] >= MOST_SKIPPED:  # looked at rarely: it waits for the device
@@ -1050,7 +1052,7 @@ def pays_to_compile(args: argparse.Namespace, steps: int) -> bool:
 
 def leave(number: int, kept: Checkpoint) -> NoReturn:
     """Stop because of a signal, and say how to go on; in a notebook as an interrupted cell, so its kernel lives."""
-    if in_notebook():
+    if in_kernel():
         raise KeyboardInterrupt(kept.hint("go on with --resume, from {}"))
     fail("interrupted" + kept.hint("; go on with the same command and --resume (from {})"), 128 + number)
 
@@ -1158,7 +1160,7 @@ def run_seeds(
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if seed == args.seed else out / f"seed_{seed}"
         jobs.append((run, argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1}), folder))
-    if args.seeds == 1 or in_notebook():  # what was pasted into a cell cannot be sent to another process
+    if args.seeds == 1 or in_kernel():  # what was pasted into a cell cannot be sent to another process
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -1264,7 +1266,7 @@ def save_figure(fig: Any, path: Path) -> None:
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png", dpi=DPI)
     write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG", optimize=True))
-    if in_notebook():
+    if in_kernel():
         plt.show()
     plt.close(fig)
 
@@ -1481,7 +1483,7 @@ class Parser(argparse.ArgumentParser):
 
 def launch(main: Callable[[], None]) -> None:
     """main(), as a script: what interrupts it, and what the machine runs out of, in one line on standard error."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except KeyboardInterrupt:
@@ -1495,8 +1497,14 @@ def launch(main: Callable[[], None]) -> None:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}; what was there before is kept; --resume goes on", 1)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if processes()[1] > 1:
             dist.destroy_process_group()
+
+
+def in_kernel() -> bool:
+    """Whether this process is a Jupyter or Colab kernel, which shows figures and progress bars and has to live on."""
+    return "ipykernel" in sys.modules
 
 
 def in_notebook() -> bool:

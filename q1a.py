@@ -256,8 +256,7 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Te
 
 def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """All of 1A with one seed: trains, writes the results into out, returns the metrics."""
-    curves, final, described, samples, tests, state, params = {}, {}, {}, {}, {}, {}, 0
-    evidence = plt.subplots(2, 4, figsize=(17, 7.5))
+    curves, final, described, samples, tests, models = {}, {}, {}, {}, {}, {}
     for data_name in TURN:
         points = make_points(data_name)
         data = split_points(data_name, points[:5000] if args.smoke else points)
@@ -282,19 +281,23 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
                 **look_into_code(model, splits["test"], -floor),
                 **explained_variance(model, splits["test"], covariance),
             }
-            draw_evidence(evidence[1][:, len(final) - 1], name, model, splits["test"][:3000], final[name])
             with torch.no_grad():
                 samples[name] = model.sample(Noise.fixed(torch.arange(3000, device=args.device), seed=1))
-            state[name], params = model.cpu().state_dict(), params + sum(p.numel() for p in model.parameters())
+            models[name] = model.cpu()
     fig, axes = plt.subplots(4, 3, figsize=(11, 12), sharex=True)
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
         draw_curves(row, curve, final[name]["floor_bpd"])
         row[0].set_title(f"{name}: −ELBO, test {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     save_figure(fig, out / "curves.png")
-    evidence[0].suptitle("Above: test points by the latent that costs most. Below: what the decoder makes of the prior")
-    save_figure(evidence[0], out / "evidence.png")
+    fig, axes = plt.subplots(2, 4, figsize=(17, 7.5))
+    for column, (name, model) in zip(axes.T, models.items(), strict=True):
+        draw_evidence(column, name, model, tests[name.split("_")[0]][:3000], final[name])
+    fig.suptitle("Above: test points by the latent that costs most. Below: what the decoder makes of the prior")
+    save_figure(fig, out / "evidence.png")
     plot_samples(samples, tests, final, out / "samples.png")
+    params = sum(p.numel() for model in models.values() for p in model.parameters())
     metrics = {**describe_run("q1a", args, described, params), "curves": curves, "final": final}
+    state = {name: model.state_dict() for name, model in models.items()}
     write_results(out, metrics, write_report(metrics), state)
     return metrics
 

@@ -78,7 +78,8 @@ def test_smoke_run_leaves_all_its_files(smoke, script):
 def test_metrics_say_what_ran_on_what_and_are_finite(smoke, script):
     metrics = results(smoke[0], script)
     images = {"test_kl_per_position_bits", "check_prior_nats", "test_codecs_bpd"}
-    more = {"q2a": images, "q2b": images | {"against_2a"}, "bonus": images | {"receptive_fields"}}
+    codes = {"receptive_fields", "another_code_costs_bpd", "another_code_costs_se_bpd"}
+    more = {"q2a": images, "q2b": images | {"against_2a"}, "bonus": images | codes}
     assert set(metrics) - more.get(script, set()) == {
         "script", "args", "data", "env", "params", "seconds", "curves", "final",
     }  # fmt: skip
