@@ -56,8 +56,9 @@ SVHN_SIZES = (65_931, 7_326, 26_032)
 IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")  # of question 2
 IMAGE_SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic")
 MODEL_FLAGS = ("latents", "prior", "receptive_field")  # those that shape an image model
-FREE_FLAGS = ("epochs", "table_epochs", "resume", "out", "data", "data_root", "compare", "evaluate", "seeds")  # that
-# --resume may change; what --data holds is compared itself
+FREE_FLAGS = {  # arguments that --resume may change; what --data holds is compared itself
+    "epochs", "table_epochs", "resume", "out", "data", "data_root", "compare", "evaluate", "seeds", "device", "compile",
+}  # fmt: skip
 KEEP_SECONDS = 300  # between checkpoints within an epoch
 COMPILE_STEPS = 5000  # a training shorter than that does not win back the minute that compiling takes
 MOST_SKIPPED = 10  # steps in a row without a finite gradient, before training stops
@@ -1046,8 +1047,12 @@ def pays_to_compile(args: argparse.Namespace, steps: int) -> bool:
     found = importlib.util.find_spec("triton") if builder == "triton" else shutil.which(os.environ.get("CXX", "g++"))
     if choice == "on" and not found:
         fail(f"--compile on: torch.compile needs {builder}, which is not here; use --compile off")
-    torch._inductor.config.fallback_random = True  # the same random numbers as without
-    return bool(found) and (choice == "on" or (builder == "triton" and steps >= COMPILE_STEPS))
+    if not found or (choice == "auto" and (builder != "triton" or steps < COMPILE_STEPS)):
+        return False
+    from torch._inductor import config
+
+    config.fallback_random = True  # the same random numbers as without
+    return True
 
 
 def leave(number: int, kept: Checkpoint) -> NoReturn:

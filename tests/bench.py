@@ -68,7 +68,6 @@ def our_way(script, images, batch_size, device, precision, compiled):
     """A step of core.fit: the set on the device, channels-last, fused Adam."""
     model = make_model(script, device).to(memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
-    torch._inductor.config.fallback_random = True
     net, images = (torch.compile(model) if compiled else model), images.to(device)
 
     def run(steps):
