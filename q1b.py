@@ -237,7 +237,7 @@ def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
     return {
         "−ELBO": test["neg_elbo_bpd"], "KL term": test["kl_bpd"], "decoder term": test["recon_bpd"],
         "−ELBO − floor": test["neg_elbo_bpd"] - test["floor_bpd"],
-        "−ELBO − −IWAE-100, first 100": first["elbo_gap_bpd"],
+        "IWAE-100 above ELBO, first 100": first["elbo_gap_bpd"],
         "−IWAE-100 − floor, first 100": first["neg_iwae100_minus_floor_bpd"],
         "most pieces of a cluster": max(f["pieces_of_clusters"]),
     }  # fmt: skip
