@@ -108,8 +108,24 @@ def training_speed(device, batch_size, rounds, steps, modes):
                          statistics.median(times), "of_product_rate": speed * gflop / peak}  # fmt: skip
             print(f"{script:6} {mode:14} {speed:8.1f} images/s, {row[mode]['times_plain']:5.2f} x plain, "
                   f"{row[mode]['of_product_rate']:6.1%} of the product rate", flush=True)  # fmt: skip
+        row["evaluation_images_per_s"] = evaluation_speed(script, images, device, rounds)
+        train, valid, _ = core.SVHN_SIZES
+        best = max(row[mode]["images_per_s"] for mode in modes)
+        row["evaluation_of_training_time"] = (3 * valid / row["evaluation_images_per_s"]) / (train / best)
+        print(f"{script:6} evaluation {row['evaluation_images_per_s']:.1f} images/s", flush=True)
         table[script] = row
     return table
+
+
+def evaluation_speed(script, images, device, rounds):
+    """Images per second of core.evaluate, fp32."""
+    model, seconds = make_model(script, device).to(memory_format=torch.channels_last), []
+    images = images.to(device)
+    for _ in range(rounds + 1):
+        start = now(device)
+        core.evaluate(model, images)
+        seconds.append(now(device) - start)
+    return len(images) / statistics.median(seconds[1:])
 
 
 def product_rate(device, precision, size=2048):
@@ -157,14 +173,11 @@ def sampling(device, n, rounds):
 
 def child(code, *flags):
     """Run a script in a process of its own; its seconds and its peak memory in MB."""
-    import resource
-
     before = time.perf_counter()
     process = subprocess.Popen([sys.executable, *code, *flags], stdout=subprocess.DEVNULL, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{code} {flags} ended with {status}")
-    assert resource
     return time.perf_counter() - before, usage.ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
 
 
@@ -235,7 +248,10 @@ def report(metrics):
             "|---|---|---|---|---|", *rows, "",
             "plain: fp32, eager, a DataLoader over a TensorDataset, the loss looked at each step; same network. The "
             "product's rate is measured in the same precision and run, the step's operations are counted by torch.",
-            "", "| samples | wavefronts, s | raster order, one position a step, s | identical | one whole pass, s |",
+            "", *(f"{script}: an epoch's evaluations (fp32, three times validation) at SVHN's sizes take "
+                  f"{row['evaluation_of_training_time']:.0%} of its training's time." + "\n"
+                  for script, row in metrics["training"].items()),
+            "| samples | wavefronts, s | raster order, one position a step, s | identical | one whole pass, s |",
             "|---|---|---|---|---|"]  # fmt: skip
     text += [
         f"| {name} | {s['wavefront_s']:.2f} | {s['raster_s']:.2f} | {s['identical']} | {s['one_whole_pass_s']:.2f} |"
