@@ -35,7 +35,7 @@ GAIN = 8  # by which the differences between neighbours are enlarged before the 
 COMPONENTS = 10  # logistics in a pixel's mixture
 WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
-DEFAULTS = {**IMAGE_DEFAULTS, "lr": 2e-3, "receptive_field": 3, "prior": "flow", "blind": 0.5, "free_bits": 0.0}
+DEFAULTS = {**IMAGE_DEFAULTS, "lr": 2e-3, "receptive_field": 3, "prior": "flow", "blind": 1.0, "free_bits": 0.0}
 SMOKE = {**IMAGE_SMOKE, "table_epochs": 1}
 TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
 
