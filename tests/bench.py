@@ -36,7 +36,7 @@ def now(device):
 
 def make_model(script, device):
     torch.manual_seed(0)
-    args = argparse.Namespace(latents=16, prior="flow", receptive_field=3)
+    args = argparse.Namespace(latents=16, prior="flow", receptive_field=3, blind=1.0)
     return SCRIPTS[script].make_model(args).to(device)
 
 
