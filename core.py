@@ -1106,7 +1106,8 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a disk that is full does not name it
+        if error.errno and not error.filename:  # a disk that is full does not name it
+            error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)
