@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from core import (
     IMAGE_DEFAULTS, IMAGE_SMOKE, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, MaskedConv2d, Noise,
     StandardNormal, at_least_fp32, bits_per_dim, bounded_log_std, dequantise, evaluate_splits, exact, fit, in_notebook,
-    launch, number, parse_args, plot_tiles, quantise, run_images, save_figure, spread, standard_error, sum_dims,
-    wavefront_slope, wavefronts,
+    launch, number, parse_args, plot_tiles, posteriors, quantise, run_images, save_figure, spread, standard_error,
+    sum_dims, wavefront_slope, wavefronts,
 )  # fmt: skip
 
 GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
@@ -236,10 +236,7 @@ def compare_receptive_fields(
 def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
     """By how much the decoder term rises where each image is decoded from its neighbour's z; its mean, bits/dim."""
     costs = []
-    for i in torch.arange(len(levels), device=levels.device).split(256):
-        noise = Noise.fixed(i, 0)
-        x = model.to_x(levels[i], noise)
-        z = model.posterior(x, noise)[0]
+    for x, z, _, _ in posteriors(model, levels):
         costs.append(bits_per_dim(model.log_p_x(x, z) - model.log_p_x(x, z.roll(1, 0)), levels[0].numel()))
     cost = torch.cat(costs)
     return {"another_code_costs_bpd": cost.mean().item(), "another_code_costs_se_bpd": standard_error(cost)}

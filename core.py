@@ -646,12 +646,12 @@ def codec_bits_per_dim(images: Tensor, codec: str) -> float:
 
     A yardstick for bounds on the same images, headers and all.
     """
-    total = 0
+    num_bytes = 0
     for x in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(x).save(file, codec, lossless=True, optimize=True)
-        total += len(file.getvalue())
-    return 8 * total / images.numel()
+        num_bytes += len(file.getvalue())
+    return 8 * num_bytes / images.numel()
 
 
 def digit_atlas(size: int = 64) -> Tensor:
@@ -761,13 +761,20 @@ def kl_per_position(model: Any, levels: Tensor) -> list[list[float]]:
 
     Summed over positions it is the KL term, up to the noise of one sample an image. levels uint8 [N, 3, 32, 32].
     """
-    total = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64)
+    summed = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64)
+    for _, z, mu, log_std in posteriors(model, levels):
+        kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.shift_and_scale(z))
+        summed += kl.sum((0, 1)).cpu().double()
+    return bits_per_dim(summed / len(levels), 1).tolist()
+
+
+@torch.no_grad()
+def posteriors(model: Any, levels: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """x as the encoder sees it, z ~ q(z|x), mu and log std, of 256 images at a time, on the noise of `evaluate`."""
     for i in torch.arange(len(levels), device=levels.device).split(256):
         noise = Noise.fixed(i, 0)
-        z, mu, log_std = model.posterior(model.to_x(levels[i], noise), noise)
-        kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.shift_and_scale(z))
-        total += kl.sum((0, 1)).cpu().double()
-    return bits_per_dim(total / len(levels), 1).tolist()
+        x = model.to_x(levels[i], noise)
+        yield (x, *model.posterior(x, noise))
 
 
 def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -806,10 +813,12 @@ def check_prior(prior: StandardNormal) -> float:
     return (prior.log_prob(z) - expected).abs().item()
 
 
-def one_cycle(step: int, total: int) -> float:
-    """Learning rate as a fraction of its peak: a linear rise over the first tenth, then half a cosine down to 0."""
-    t = step / total
-    return t / 0.1 if t < 0.1 else 0.5 * (1 + math.cos(math.pi * (t - 0.1) / 0.9))
+def one_cycle(done: float) -> float:
+    """Learning rate as a fraction of its peak: a linear rise over the first tenth, then half a cosine down to 0.
+
+    done: the fraction of training that lies behind.
+    """
+    return done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
 def kl_weight(done: float, warmup: float) -> float:
@@ -830,73 +839,79 @@ def fit(
     each, every split is evaluated, train and test on their first examples, no more than validation has. The weights
     kept are those of the epoch with the lowest negative ELBO on all of validation: curves["best_epoch"].
     """
-    train = splits["train"]
-    if args.batch_size > len(train):
-        fail(f"--batch-size {args.batch_size} is more than the {len(train)} training examples; choose a smaller one")
-    rank, world = processes()
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size} cannot be shared evenly by {world} processes")
-    steps = len(train) // args.batch_size  # an epoch leaves out the remainder of its own random order
-    all_steps = max(1, args.epochs * steps)
+    train, all_steps = splits["train"], max(1, args.epochs * steps_per_epoch(args, len(splits["train"])))
     optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=train.device.type in ("cpu", "cuda"))
-    curves: dict[str, Any] = {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}}
-    at: dict[str, Any] = {
-        "epoch": 0, "step": 0, "order": torch.empty(0), "seconds": 0.0, "curves": curves, "best": math.inf,
-        "best_state": copy.deepcopy(model.state_dict()),
-        "skipped": torch.zeros(3, device=train.device),  # steps: in a row now, most in a row, all
-    }  # fmt: skip
-    kept = Checkpoint(keep, model, optimiser, args, splits)
+    at, kept = before_training(model, train.device), Checkpoint(keep, model, optimiser, args, splits)
     if getattr(args, "resume", False):
-        kept.load(at, args)
+        kept.load(at)
     else:
         kept.set_aside()
-    start = time.perf_counter() - at["seconds"]
-    net: Any = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    net: Any = nn.parallel.DistributedDataParallel(model) if processes()[1] > 1 else model
     net = torch.compile(net) if pays_to_compile(args, all_steps) else net
-
-    def step(x: Tensor, k: int) -> None:
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr * one_cycle(k, all_steps)
-        bad = train_step(net, optimiser, x, args.precision, kl_weight(k / all_steps, warmup), free_bits)
-        in_a_row, most, all_ = at["skipped"]
-        at["skipped"] = torch.stack([(in_a_row + 1) * bad, torch.maximum(most, (in_a_row + 1) * bad), all_ + bad])
-
-    def run_epoch() -> None:
-        if at["step"] == 0:
-            at["order"] = torch.randperm(len(train), device=train.device)[: steps * args.batch_size]
-        batches = at["order"].split(args.batch_size)[at["step"] :]
-        bar = f"epoch {at['epoch']}/{args.epochs}"
-        for batch in tqdm(
-            batches, bar, steps, initial=at["step"], leave=False, disable=rank > 0 or (not in_kernel() and None)
-        ):
-            step(train[batch[rank::world]], (at["epoch"] - 1) * steps + at["step"])
-            at["step"] += 1
-            if at["step"] % 10 == 0 and at["skipped"][1] >= MOST_SKIPPED:  # looked at rarely: it waits for the device
-                fail(
-                    f"{MOST_SKIPPED} steps in a row without a finite gradient, epoch {at['epoch']}, by step "
-                    f"{at['step']}: try a lower --lr or --precision fp32{kept.hint(' (the last checkpoint: {})')}", 1
-                )  # fmt: skip
-            stop = (world == 1 or at["step"] % 10 == 0) and highest(signals)  # all processes stop at one step
-            if stop or time.monotonic() - kept.written > KEEP_SECONDS:
-                kept.save(at | {"seconds": time.perf_counter() - start}, args)
-            if stop:
-                leave(stop, kept)
-
     with catch_signals() as signals:
         while at["epoch"] <= args.epochs:
-            if at["epoch"]:  # epoch 0 is the model before training
-                run_epoch()
-            bounds = evaluate_splits(model, splits, watched=True)
-            at["seconds"] = time.perf_counter() - start
-            print_epoch(f"{at['epoch']:3d}/{args.epochs}", bounds, at)
-            if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
-                fail(f"training diverged in epoch {at['epoch']}: the bound is not a number; try a lower --lr", status=1)
-            note_epoch(at, bounds, model)
-            kept.save(at, args)
+            for batch in rest_of_epoch(at, args, train):
+                done = at["all_steps"] / all_steps
+                for group in optimiser.param_groups:
+                    group["lr"] = args.lr * one_cycle(done)
+                skipped = train_step(net, optimiser, train[batch], args.precision, kl_weight(done, warmup), free_bits)
+                after_step(at, kept, signals, skipped)
+            note_epoch(at, evaluate_splits(model, splits, watched=True), model, args)
+            kept.save(at)
             if stop := highest(signals):
                 leave(stop, kept)
     model.load_state_dict(at["best_state"])
     return at["curves"] | {"skipped_steps": int(at["skipped"][2])}
+
+
+def steps_per_epoch(args: argparse.Namespace, examples: int) -> int:
+    """Whole batches in so many examples: an epoch leaves out the remainder of its own random order."""
+    if args.batch_size > examples:
+        fail(f"--batch-size {args.batch_size} is more than the {examples} training examples; choose a smaller one")
+    if args.batch_size % processes()[1]:
+        fail(f"--batch-size {args.batch_size} cannot be shared evenly by {processes()[1]} processes")
+    return examples // args.batch_size
+
+
+def before_training(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Where a training stands, in what a checkpoint can hold, before its first step. Epoch 0 only evaluates."""
+    return {
+        "epoch": 0, "step": 0, "all_steps": 0, "order": torch.empty(0), "best": math.inf,
+        "best_state": copy.deepcopy(model.state_dict()),
+        "curves": {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}},
+        "skipped": torch.zeros(3, device=device),  # steps: in a row now, most in a row, all
+    }  # fmt: skip
+
+
+def rest_of_epoch(at: dict[str, Any], args: argparse.Namespace, train: Tensor) -> Iterable[Tensor]:
+    """The batches of the epoch that `at` is in, from its step on, with a progress bar: this process's share of each."""
+    if at["epoch"] == 0:
+        return []
+    (rank, world), steps = processes(), steps_per_epoch(args, len(train))
+    if at["step"] == 0:
+        at["order"] = torch.randperm(len(train), device=train.device)[: steps * args.batch_size]
+    batches = [batch[rank::world] for batch in at["order"].split(args.batch_size)[at["step"] :]]
+    hidden = True if rank else None if not in_kernel() else False  # None: hidden where nobody watches a terminal
+    return tqdm(batches, f"epoch {at['epoch']}/{args.epochs}", steps, initial=at["step"], leave=False, disable=hidden)
+
+
+def after_step(at: dict[str, Any], kept: "Checkpoint", signals: list[int], skipped: Tensor) -> None:
+    """Count the step; stop where ten in a row were skipped; checkpoint where one is due; obey a signal."""
+    in_a_row, most, all_ = at["skipped"]
+    in_a_row = (in_a_row + 1) * skipped
+    at["skipped"] = torch.stack([in_a_row, torch.maximum(most, in_a_row), all_ + skipped])
+    at["step"], at["all_steps"] = at["step"] + 1, at["all_steps"] + 1
+    look = at["all_steps"] % 10 == 0  # rarely, as it waits for the device and for the other processes
+    if look and at["skipped"][1] >= MOST_SKIPPED:
+        fail(
+            f"{MOST_SKIPPED} steps in a row without a finite gradient, epoch {at['epoch']}, by step {at['step']}: "
+            f"try a lower --lr or --precision fp32{kept.hint(' (the last checkpoint: {})')}", 1
+        )  # fmt: skip
+    stop = (look or processes()[1] == 1) and highest(signals)
+    if stop or time.monotonic() - kept.written > KEEP_SECONDS:
+        kept.save(at)
+    if stop:
+        leave(stop, kept)
 
 
 def train_step(
@@ -920,8 +935,13 @@ def train_step(
     return bad
 
 
-def note_epoch(at: dict[str, Any], bounds: dict[str, dict[str, float]], model: nn.Module) -> None:
-    """Enter an epoch's bounds into the curves, keep its weights if they are the best, and turn to the next."""
+def note_epoch(
+    at: dict[str, Any], bounds: dict[str, dict[str, float]], model: nn.Module, args: argparse.Namespace
+) -> None:
+    """Print an epoch's bounds, enter them into the curves, keep its weights if they are the best; turn to the next."""
+    print_epoch(at, bounds, args)
+    if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
+        fail(f"training diverged in epoch {at['epoch']}: the bound is not a number; try a lower --lr", status=1)
     at["curves"]["epoch"].append(at["epoch"])
     for name, key in itertools.product(SPLITS, CURVE_KEYS):
         at["curves"][name][key].append(bounds[name][key])
@@ -929,6 +949,15 @@ def note_epoch(at: dict[str, Any], bounds: dict[str, dict[str, float]], model: n
         at["best"], at["best_state"] = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
         at["curves"]["best_epoch"] = at["epoch"]
     at["epoch"], at["step"] = at["epoch"] + 1, 0
+
+
+def print_epoch(at: dict[str, Any], bounds: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
+    """One line an epoch, in fixed columns; the seconds are of the whole run."""
+    values = "  ".join(f"{name} {bounds[name]['neg_elbo_bpd']:7.4f}" for name in SPLITS)
+    terms = f"(valid: KL {bounds['valid']['kl_bpd']:.4f} + decoder {bounds['valid']['recon_bpd']:.4f})"
+    skipped = f"  {int(at['skipped'][2])} steps skipped so far" if at["skipped"][2] else ""
+    head = f"epoch {at['epoch']:3d}/{args.epochs}  -ELBO bits/dim: {values}  {terms}"
+    print(f"{head}  {args.clock.seconds():6.0f} s{skipped}", flush=True)
 
 
 class Checkpoint:
@@ -941,21 +970,22 @@ class Checkpoint:
     def __init__(
         self, path: Path | None, model: nn.Module, optimiser: Any, args: argparse.Namespace, splits: dict[str, Tensor]
     ):
-        self.path, self.model, self.optimiser, self.written = path, model, optimiser, time.monotonic()
+        self.path, self.model, self.optimiser, self.args = path, model, optimiser, args
+        self.written = time.monotonic()
         if path:
             self.must_match = {f"--{k.replace('_', '-')}": v for k, v in settings(args).items() if k not in FREE_FLAGS}
             make_folder(path.parent)
             self.must_match["the data"] = Data("", {k: x.cpu() for k, x in splits.items()}).describe()["sha256"]
             self.must_match["the network"] = str({k: list(v.shape) for k, v in model.state_dict().items()})
 
-    def save(self, at: dict[str, Any], args: argparse.Namespace) -> None:
+    def save(self, at: dict[str, Any]) -> None:
         """Write the file anew. A disk that is full costs no more than this checkpoint, and a line that says so."""
         self.written = time.monotonic()
         if not self.path:
             return
         states = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "random": random_states()}
         buffer = io.BytesIO()  # in memory first: then a file system that fails does so in one place, below
-        at = at | {"run_seconds": args.clock.seconds()}
+        at = at | {"seconds": self.args.clock.seconds()}
         torch.save({"at": at, "must_match": self.must_match, **states}, buffer)
         try:
             write_whole(self.path, lambda file: file.write(buffer.getbuffer()))
@@ -963,7 +993,7 @@ class Checkpoint:
             why = f"({error.strerror}); the one before is kept, training goes on"
             print(f"warning: no new checkpoint in {self.path} {why}", file=sys.stderr)
 
-    def load(self, at: dict[str, Any], args: argparse.Namespace) -> None:
+    def load(self, at: dict[str, Any]) -> None:
         """Set `at`, weights, optimiser and random states to what the file holds; leave them where there is none."""
         if not self.path or not self.path.exists():
             return
@@ -974,14 +1004,14 @@ class Checkpoint:
             fail(
                 f"--resume: {self.path} is of a run with another {', '.join(differing)}; leave --resume out or mend it"
             )
-        if saved["at"]["epoch"] > args.epochs + 1:
-            fail(f"--resume --epochs {args.epochs}: {self.path} has {saved['at']['epoch'] - 1} epochs behind it")
+        if saved["at"]["epoch"] > self.args.epochs + 1:
+            fail(f"--resume --epochs {self.args.epochs}: {self.path} has {saved['at']['epoch'] - 1} epochs behind it")
         device = at["skipped"].device
         at.update(saved["at"] | {k: saved["at"][k].to(device) for k in ("order", "skipped")})
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         random_states(saved["random"])
-        args.clock.go_on_from(at["run_seconds"])
+        self.args.clock.go_on_from(at.pop("seconds"))
         print(f"going on from {self.path}: epoch {at['epoch']}, step {at['step']}")
 
     def set_aside(self) -> None:
@@ -1070,14 +1100,6 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Tensor], watched: bool =
     few = ("train", "test") if watched else ("train",)
     cut = {name: x[: len(splits["valid"])] if name in few else x for name, x in splits.items()}
     return {name: in_bits(evaluate(model, x), x[0].numel()) for name, x in cut.items()}
-
-
-def print_epoch(epoch: str, bounds: dict[str, dict[str, float]], at: dict[str, Any]) -> None:
-    """One line an epoch, in fixed columns."""
-    values = "  ".join(f"{name} {bounds[name]['neg_elbo_bpd']:7.4f}" for name in SPLITS)
-    terms = f"(valid: KL {bounds['valid']['kl_bpd']:.4f} + decoder {bounds['valid']['recon_bpd']:.4f})"
-    skipped = f"  {int(at['skipped'][2])} steps skipped so far" if at["skipped"][2] else ""
-    print(f"epoch {epoch}  -ELBO bits/dim: {values}  {terms}  {at['seconds']:6.0f} s{skipped}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- results and plots
@@ -1489,11 +1511,12 @@ class Parser(argparse.ArgumentParser):
 
 def launch(main: Callable[[], None]) -> None:
     """main(), as a script: what interrupts it, and what the machine runs out of, in one line on standard error."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    interrupted = "interrupted; --resume goes on from the last checkpoint of an unfinished training"
+    before = signal.signal(signal.SIGTERM, lambda *_: fail(interrupted, 128 + signal.SIGTERM))
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; --resume goes on from the last checkpoint of an unfinished training", 130)
+        fail(interrupted, 128 + signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
             raise

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from core import (
     IMAGE_DEFAULTS, IMAGE_SMOKE, FlowPrior, ImageVAE, Noise, StandardNormal, Terms, bits_per_dim, evaluate, fit,
     in_notebook, information_bounds, kl_per_position, launch, load_checkpoint, normal_log_prob, parse_args,
-    plot_tiles, run_images, save_figure, standard_error,
+    plot_tiles, posteriors, run_images, save_figure, standard_error,
 )  # fmt: skip
 
 UNCOMPARED = ("out", "data_root", "compare", "evaluate", "clock")  # arguments in which 2a and 2b may differ
@@ -76,17 +76,6 @@ class PriorOnly(nn.Module):
         return Terms(recon=torch.zeros_like(log_q), kl=log_q - self.prior.log_prob(z))
 
 
-@torch.no_grad()
-def posterior(model: ImageVAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z ~ q(z|x), mu and log std of every image, on the noise of `evaluate`. Three of [N, C, 8, 8]."""
-    parts = []
-    for i in torch.arange(len(x), device=x.device).split(256):
-        noise = Noise.fixed(i, 0)
-        parts.append(model.posterior(model.to_x(x[i], noise), noise))
-    z, mu, log_std = (torch.cat(t) for t in zip(*parts, strict=True))
-    return z, mu, log_std
-
-
 def neighbour_correlation(z: Tensor) -> dict[str, float]:
     """Mean over channels of |correlation| between a position and the one to its right, and below. z [N, C, H, W]."""
     z = (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)
@@ -117,7 +106,7 @@ def experiments(
         "rest": difference(terms_fitted.kl + terms_a.recon, terms_b.neg_elbo),
     }  # fmt: skip
     for name, model, terms in (("2a", a, terms_a), ("2b", b, terms_b)):
-        z, mu, log_std = posterior(model, x[:1000])
+        z, mu, log_std = (torch.cat(t) for t in list(zip(*posteriors(model, x[:1000]), strict=True))[1:])
         positions = [[bound.mean().item() for bound in information_bounds(*(t[:, :, i, j] for t in (z, mu, log_std)))]
                      for i in range(8) for j in range(8)]  # fmt: skip
         kl = bits_per_dim(terms.kl.mean().item(), 1)

@@ -1,15 +1,24 @@
-"""Tests import core.py and the scripts from the folder above, whatever folder pytest starts in."""
+"""What the tests share. They import core.py and the scripts from the folder above (pyproject.toml's pythonpath)."""
 
+import argparse
 import os
-import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
+import core
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["MPLBACKEND"] = "agg"
+os.environ["MPLBACKEND"] = "agg"  # of the scripts that tests start
+matplotlib.use("agg")
+
+
+def arguments(**changes):
+    """What `fit` needs of a command line, with changes."""
+    few = dict(epochs=3, batch_size=20, lr=3e-3, precision="fp32", seed=0, clock=core.Clock())
+    return argparse.Namespace(**{**few, **changes})
 
 
 @pytest.fixture(autouse=True)

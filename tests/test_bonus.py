@@ -1,6 +1,5 @@
 """The bonus: mixtures that sum to 1, what a pixel may see, and samples that do not depend on the order of drawing."""
 
-import argparse
 import itertools
 import math
 
@@ -14,6 +13,7 @@ from core import (
     FlowPrior, MaskedConv2d, MaskedResidual, Noise, StandardNormal, bits_per_dim, bounded_log_std, evaluate, in_bits,
     kl_per_position, quantise, wavefront_slope, wavefronts,
 )  # fmt: skip
+from conftest import arguments
 
 LEVELS = torch.arange(256)
 
@@ -270,7 +270,7 @@ def test_free_bits_leave_a_kl_below_them_uncharged():
     gradients = []
     for free_bits in (0.0, 8.0):
         model = LossyVAE(2, 1, "flow")
-        fit(model, splits, argparse.Namespace(epochs=1, batch_size=10, lr=1e-3, precision="fp32"), free_bits=free_bits)
+        fit(model, splits, arguments(epochs=1, batch_size=10, lr=1e-3), free_bits=free_bits)
         gradients.append(model.prior.net[-1].weight.grad.abs().max().item())
     assert gradients[0] > 0 and gradients[1] == 0  # only the KL moves the prior
 

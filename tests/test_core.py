@@ -1,6 +1,5 @@
 """Properties of core.py: in float64 where the mathematics is exact, each beside a control that shows it can fail."""
 
-import argparse
 import itertools
 import math
 
@@ -16,6 +15,7 @@ from core import (
     bits_per_dim, bounded_log_std, causal_mask, dequantise, evaluate, fit, in_bits, iwae, levels_log_prob,
     normal_log_prob, quantise, residual_stack,
 )  # fmt: skip
+from conftest import arguments
 
 # --------------------------------------------------------------------------------------------------------- helpers
 
@@ -389,10 +389,6 @@ def test_evaluation_counts_every_example_once_whatever_the_batch_size():
     assert not torch.allclose((means[0] + means[1]) / 2, results[0].neg_elbo.mean(), rtol=1e-9)  # mean of means: wrong
 
 
-def arguments(**changes):
-    return argparse.Namespace(**{**dict(epochs=3, batch_size=20, lr=3e-3, precision="fp32"), **changes})
-
-
 def point_splits():
     x = torch.randn(300, 2) * torch.tensor([2.0, 0.5])
     return dict(zip(core.SPLITS, x.split(100), strict=True))
@@ -437,7 +433,7 @@ def test_kl_weight_ramps_up_and_stays_at_one():
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
-    rates = [core.one_cycle(step, 1000) for step in range(1001)]
+    rates = [core.one_cycle(step / 1000) for step in range(1001)]
     assert max(rates) == rates[100] == 1 and rates[0] == 0 and rates[-1] == pytest.approx(0)
     assert all(b > a for a, b in itertools.pairwise(rates[:101]))
     assert all(b < a for a, b in itertools.pairwise(rates[100:]))

@@ -1,6 +1,5 @@
 """Bounds stay finite and in order whatever the images, and a disk that is full loses nothing."""
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 import bonus
 import core
-from conftest import ROOT
+from conftest import ROOT, arguments
 
 MODELS = {
     "2a": lambda: core.ImageVAE(2, core.StandardNormal), "2b": lambda: core.ImageVAE(2, core.FlowPrior),
@@ -83,7 +82,7 @@ def test_training_and_evaluation_survive_strange_images(name, poison):
     splits = {k: POISON[poison](n) for k, n in (("train", 16), ("valid", 4), ("test", 4))}
     model = MODELS[name]()
     precision = core.choose_precision("auto", "cpu")
-    curves = core.fit(model, splits, argparse.Namespace(epochs=2, batch_size=4, lr=1e-3, precision=precision))
+    curves = core.fit(model, splits, arguments(epochs=2, batch_size=4, lr=1e-3, precision=precision))
     assert curves["skipped_steps"] == 0 and torch.tensor(curves["test"]["neg_elbo_bpd"]).isfinite().all()
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -97,7 +96,7 @@ def test_points_that_are_not_finite_stop_a_run_and_not_the_weights(value, capsys
         splits[split][-1] = value
         mlps = [core.GaussianMLP((8,), torch.nn.SiLU) for _ in range(2)]
         model = core.VAE(*mlps, core.StandardNormal((2,)))
-        args = argparse.Namespace(epochs=2, batch_size=10, lr=1e-3, precision="fp32")
+        args = arguments(epochs=2, batch_size=10, lr=1e-3)
         return model, lambda: core.fit(model, splits, args)
 
     model, fit = run("train")

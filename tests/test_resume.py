@@ -4,7 +4,6 @@ python -m pytest tests/test_resume.py                  20 kills in all
 KILLS=100 python -m pytest tests/test_resume.py        the long version
 """
 
-import argparse
 import contextlib
 import importlib
 import json
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 import core
+from conftest import arguments
 
 KILLS = int(os.environ.get("KILLS", 20))
 SIZES = {  # epochs, and arguments that keep a run short
@@ -219,7 +219,7 @@ def tiny_model(poison):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(precision, tmp_path, capsys):
     splits = {k: torch.randn(n, 2) for k, n in (("train", 400), ("valid", 20), ("test", 20))}
-    args = argparse.Namespace(epochs=2, batch_size=10, lr=1e-2, precision=precision, clock=core.Clock(), seed=0)
+    args = arguments(epochs=2, batch_size=10, lr=1e-2, precision=precision)
     curves = core.fit(tiny_model(lambda step: step in (3, 4, 50)), splits, args, tmp_path / "a.pt")
     assert curves["skipped_steps"] == 3 and "3 steps skipped so far" in capsys.readouterr().out
     model = tiny_model(lambda step: step > 60)

@@ -259,7 +259,7 @@ def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference(smoke, 
     """Zero epochs: both models are the same. A deaf encoder: z tells nothing, and both priors are as good."""
     import q2b
 
-    args = argparse.Namespace(**{**results(smoke[0], "q2b")["args"], "epochs": 0})
+    args = argparse.Namespace(**{**results(smoke[0], "q2b")["args"], "epochs": 0, "clock": core.Clock()})
     splits = {k: torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8) for k in core.SPLITS}
     for deaf in (False, True):
         models = []
