@@ -1344,7 +1344,7 @@ def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, 
         row, column = (i, 0) if stacked else (0, i)
         corner = (20 + column * (w + 20)) / width, (20 + (down - 1 - row) * (h + 35)) / height
         ax = fig.add_axes((*corner, w / width, h / height))
-        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest", aspect="auto")
+        ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
         ax.set_title(name, fontsize=9)
         ax.axis("off")
     fig.suptitle("\n".join(lines), fontsize=10, y=1 - 8 / height)

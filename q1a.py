@@ -223,15 +223,17 @@ def numbers(values: list[float], digits: int = 3) -> str:
 def draw_evidence(axes: Any, name: str, model: VAE, x: Tensor, found: dict[str, Any]) -> None:
     """Above: data coloured by the latent that costs most. Below: mu(z) for z ~ p(z), and the decoder's noise there."""
     used = int(np.argmax(found["kl_per_latent_bits"]))
-    shown = axes[0].scatter(*x.cpu().T, c=model.encoder(x)[0][:, used].cpu(), s=3, linewidths=0, cmap="viridis")
+    shown = axes[0].scatter(
+        *x.cpu().numpy().T, c=model.encoder(x)[0][:, used].cpu().numpy(), s=3, linewidths=0, cmap="viridis"
+    )
     plt.colorbar(shown, ax=axes[0], label=f"mean of z{'₁₂'[used]}", shrink=0.8)
     mu, log_std = (
         t.cpu() for t in model.decoder(model.prior.sample(Noise.fixed(torch.arange(12, device=x.device), 3)))
     )
-    axes[1].scatter(*x.cpu().T, s=3, linewidths=0, color="0.85")
+    axes[1].scatter(*x.cpu().numpy().T, s=3, linewidths=0, color="0.85")
     for centre, std in zip(mu, log_std.exp().expand(-1, 2), strict=True):
         axes[1].add_patch(Ellipse(centre.tolist(), *(2 * std).tolist(), fill=False, color="C0", lw=1))
-    axes[1].scatter(*mu.T, s=12, color="C1", zorder=3)
+    axes[1].scatter(*mu.numpy().T, s=12, color="C1", zorder=3)
     axes[0].set_title(f"{name}\nz{'₁₂'[used]} costs {max(found['kl_per_latent_bits']):.2f} bits", fontsize=10)
     axes[1].set_title("12 draws of z ~ p(z): µ(z) and ± σ(z)", fontsize=10)
     for ax in axes:
@@ -247,7 +249,7 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Te
             (x, "x ~ p(x|z)", dict(color="C0", s=2)),
             (mean, "µ(z), no decoder noise", dict(color="C1", s=2)),
         ):
-            ax.scatter(*xy.cpu().T, label=label, linewidths=0, **style)
+            ax.scatter(*xy.cpu().numpy().T, label=label, linewidths=0, **style)
         ax.set(xlabel="x₁", ylabel="x₂", aspect="equal")
         ax.set_title(f"{name}\n−ELBO {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     axes[0].legend(fontsize=8, markerscale=3)

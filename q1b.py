@@ -249,7 +249,7 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], x_test: Tensor, fina
     for row, (name, (x, mean)) in zip(axes, samples.items(), strict=True):
         panels = {"test data": x_test[: len(x)], "x ~ p(x|z)": x, "µ(z), no decoder noise": mean}
         for ax, (label, xy) in zip(row, panels.items(), strict=True):
-            ax.scatter(*xy.cpu().T, s=2, linewidths=0, color="C0")
+            ax.scatter(*xy.cpu().numpy().T, s=2, linewidths=0, color="C0")
             ax.set(
                 title=f"{name}: {label}", xlabel="x₁", ylabel="x₂", aspect="equal", xlim=(-3.2, 3.2), ylim=(-2.2, 3.7)
             )
@@ -276,7 +276,9 @@ def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, pa
     fig, axes = plt.subplots(1, 2, figsize=(11, 5.6), sharex=True, sharey=True)
     for ax, (name, z) in zip(axes, latents.items(), strict=True):
         for label, colour in enumerate(COLOURS):
-            ax.scatter(*z.cpu()[labels[: len(z)] == label].T, s=2, linewidths=0, color=colour, label=f"label {label}")
+            ax.scatter(
+                *z.cpu().numpy()[labels[: len(z)] == label].T, s=2, linewidths=0, color=colour, label=f"label {label}"
+            )
         for radius in (1, 2, 3):
             ax.add_patch(plt.Circle((0, 0), radius, fill=False, color="0.5", lw=0.8))
         kl = final[name]["train"]["kl_bpd"]

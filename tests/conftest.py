@@ -21,6 +21,15 @@ def arguments(**changes):
     return argparse.Namespace(**{**few, **changes})
 
 
+@pytest.fixture
+def one_thread():
+    """On which the order of every sum is the same from run to run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

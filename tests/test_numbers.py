@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import bonus
 import core
+import q1a
 from conftest import ROOT, arguments
 
 MODELS = {
@@ -125,22 +126,20 @@ def small_disk(tmp_path):
 
 
 def test_on_a_full_disk_nothing_is_lost_and_the_run_can_go_on(small_disk):
-    def run(*more):
-        command = [sys.executable, str(ROOT / "q1a.py"), "--smoke", "--out", str(small_disk / "results"), *more]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    assert run().returncode == 0
+    flags = ["--smoke", "--out", str(small_disk / "results")]
+    q1a.main(flags)
     folder = small_disk / "results/smoke/q1a"
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     with pytest.raises(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))
-    full = run("--resume", "--epochs", "3")
+    flags += ["--resume", "--epochs", "3"]
+    full = subprocess.run([sys.executable, str(ROOT / "q1a.py"), *flags], capture_output=True, text=True)
     lines = full.stderr.strip().splitlines()
     assert full.returncode == 1 and "No space left on device" in lines[-1] and str(folder) in lines[-1]
     assert "the one before is kept" in lines[0] and "Traceback" not in full.stderr
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
     (small_disk / "filler").unlink()
-    assert run("--resume", "--epochs", "3").returncode == 0
+    q1a.main(flags)
     curves = json.loads((folder / "metrics.json").read_text("utf-8"))["curves"]
     assert all(curve["epoch"] == [0, 1, 2, 3] for curve in curves.values())

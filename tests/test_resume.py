@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 import core
-from conftest import arguments
+from conftest import ROOT, arguments
 
 KILLS = int(os.environ.get("KILLS", 20))
 SIZES = {  # epochs, and arguments that keep a run short
@@ -32,9 +33,14 @@ CONTEXT.set_forkserver_preload(["core", *SIZES])
 
 
 def run_script(script, out, more, keep_seconds, log):
-    """The script's main in this process, checkpoints every keep_seconds, what it prints in the file log."""
+    """The script's main in this process, checkpoints every keep_seconds, what it prints in the file log.
+
+    The short version leaves out drawing, half of a small run's time: nothing that is compared depends on a figure.
+    """
     torch.set_num_threads(1)
     core.KEEP_SECONDS = keep_seconds
+    if KILLS < 100:
+        core.save_figure = importlib.import_module(script).save_figure = lambda fig, path: core.plt.close(fig)
     epochs, sizes = SIZES[script]
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         importlib.import_module(script).main(["--smoke", "--out", out, "--epochs", str(epochs), *sizes, *more])
@@ -230,6 +236,10 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(precision, tmp_
     assert all(p.isfinite().all() for p in model.parameters())
     kept = torch.load(tmp_path / "b.pt", weights_only=True)
     assert kept["at"]["epoch"] == 2 and all(p.isfinite().all() for p in kept["model"].values())
+    args = arguments(epochs=20, batch_size=400, precision=precision)  # one step an epoch
+    with pytest.raises(SystemExit):
+        core.fit(tiny_model(lambda step: True), splits, args)
+    assert "10 steps in a row" in capsys.readouterr().err
 
 
 def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
@@ -254,3 +264,33 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
     with pytest.raises(RuntimeError, match="a mistake"):
         core.launch(raiser(RuntimeError("a mistake")))
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_signals_outside_training_end_the_run_and_a_second_one_in_training_does_so_at_once(capsys):
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):  # as while figures are drawn
+        with pytest.raises(SystemExit) as stop:
+            core.launch(lambda number=number: os.kill(os.getpid(), number))
+        message = capsys.readouterr().err
+        assert stop.value.code == status and message.count("\n") == 1 and "--resume" in message
+    with pytest.raises(KeyboardInterrupt), core.catch_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM] and "once more to stop at once" in capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import core, q2a
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29,) * 2)
+core.launch(lambda: q2a.main(["--smoke", "--limit", "500", "--batch-size", "500", "--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
+def test_a_machine_that_runs_out_of_memory_is_told_which_flag_to_lower(tmp_path):
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1] == "error: out of memory: lower --batch-size, --latents or --limit"
