@@ -1371,6 +1371,8 @@ def interpolate(model: Any, pairs: Tensor, in_eps: bool) -> Tensor:
 @torch.no_grad()
 def plot_image_model(model: Any, test: Tensor, title: str, out: Path) -> None:
     """samples.png, reconstructions.png and interpolations.png of an image VAE: fixed noise, fixed test images."""
+    if processes()[0]:  # rank 0 draws for all
+        return
     model.eval()
     few = torch.arange(100, device=test.device)
     noise = Noise.fixed(few, seed=1)
@@ -1517,6 +1519,10 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         fail(interrupted, 128 + signal.SIGINT)
+    except NotImplementedError as error:
+        if "MPS" not in str(error):
+            raise
+        fail(f"{str(error).split('. ')[0]}: set PYTORCH_ENABLE_MPS_FALLBACK=1, or use --device cpu")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
             raise

@@ -1,28 +1,45 @@
-"""Copy a finished run into results/published: `python tests/publish.py results/q2b [--no-images]`.
+"""Copy a finished run into results/published, from where `python tests/readme_table.py` puts it into the README.
 
-metrics.json, report.md and the figures; pictures over 400 kB in 256 colours. --no-images, for data that are not ours to
-publish: no report, and only those figures that show no image of the data.
+python tests/publish.py results/q2b                  metrics.json, report.md and all figures
+python tests/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only those
+                                                     figures that show no image of the data
+Pictures over 400 kB are copied in 256 colours. A published run of the same script on the same data gives way to it.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
 LIMIT = 400_000  # bytes
 SHOW_DATA = ("report.md", "interpolations.png", "reconstructions.png", "lossy.png", "neighbours.png")
 
 
-def main(folder, no_images=False):
-    source = Path(folder)
-    target = ROOT / "results" / "published" / json.loads((source / "metrics.json").read_text("utf-8"))["script"]
+def folder_name(metrics):
+    """q1a, or q2b_synthetic: the script, and for images the data, as --data names them."""
+    data = metrics["args"].get("data")
+    return metrics["script"] + (f"_{Path(data).stem}" if data else "")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="results/<script> of a finished run")
+    parser.add_argument("--no-images", action="store_true")
+    args = parser.parse_args()
+    if not (args.folder / "metrics.json").exists():
+        parser.error(f"{args.folder}: no finished run, as there is no metrics.json")
+    metrics = json.loads((args.folder / "metrics.json").read_text("utf-8"))
+    target = PUBLISHED / folder_name(metrics)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for path in sorted([*source.glob("*.png"), *source.glob("*.md"), *source.glob("*.json")]):
-        if no_images and path.name in SHOW_DATA:
+    if "data" in metrics["args"]:
+        metrics["args"]["data"] = Path(metrics["args"]["data"]).name  # whose folders are nobody's business
+    (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    for path in sorted([*args.folder.glob("*.png"), *args.folder.glob("*.md")]):
+        if args.no_images and path.name in SHOW_DATA:
             continue
         if path.suffix == ".png" and path.stat().st_size > LIMIT:
             Image.open(path).convert("RGB").quantize(256).save(target / path.name, optimize=True)
@@ -32,4 +49,4 @@ def main(folder, no_images=False):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--no-images" in sys.argv[2:])
+    main()

@@ -1,5 +1,6 @@
 """The README's results table, from results/published: `python tests/readme_table.py` writes it into README.md."""
 
+import argparse
 import json
 import statistics
 import sys
@@ -49,18 +50,18 @@ def row(metrics, what, bound, reference, others=()):
 
 
 def published():
-    """{script: its metrics} of every published run, in the order of the questions."""
-    paths = {
-        name: ROOT / "results" / "published" / name / "metrics.json" for name in ("q1a", "q1b", "q2a", "q2b", "bonus")
-    }
-    return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.exists()}
+    """The metrics of every published run, in the order of the questions."""
+    runs = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results/published").glob("*/metrics.json")]
+    order = ("q1a", "q1b", "q2a", "q2b", "bonus")
+    return sorted(runs, key=lambda m: (m["args"].get("data", ""), order.index(m["script"])))
 
 
 def rows():
     """All lines. The reference of an image bound: lossless codecs, measured by any published run on the same images."""
     runs = published()
-    codecs = {m["data"].get("sha256"): m["test_codecs_bpd"] for m in runs.values() if "test_codecs_bpd" in m}
-    for script, metrics in runs.items():
+    codecs = {m["data"].get("sha256"): m["test_codecs_bpd"] for m in runs if "test_codecs_bpd" in m}
+    for metrics in runs:
+        script = metrics["script"]
         if script in ("q1a", "q1b"):
             for model, f in metrics["final"].items():
                 bound, what = f.get("test", f), f"{script[1:].upper()}, {model.replace('_', ', ')}"
@@ -73,6 +74,7 @@ def rows():
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     path = ROOT / "README.md"
     before, rest = path.read_text("utf-8").split(HEAD)
     after = rest[rest.index("\n\n") :]

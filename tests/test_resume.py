@@ -257,6 +257,7 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
         (KeyboardInterrupt(), 130, "--resume"), (MemoryError(), 2, "--batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "--batch-size"),
+        (NotImplementedError("The operator 'x' is not currently implemented for the MPS device. If"), 2, "FALLBACK=1"),
         (OSError(28, "No space left on device", "x/metrics.json"), 1, "x/metrics.json: No space left on device"),
     ):  # fmt: skip
         before = signal.getsignal(signal.SIGTERM)
@@ -272,6 +273,7 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_signals_outside_training_end_the_run_and_a_second_one_in_training_does_so_at_once(capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):  # as while figures are drawn
         with pytest.raises(SystemExit) as stop:
             core.launch(lambda number=number: os.kill(os.getpid(), number))
