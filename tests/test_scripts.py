@@ -409,3 +409,16 @@ def test_results_table_of_the_readme_is_the_published_results():
     assert len(lines) >= 6
     for line in lines:
         assert line in readme, f"README.md lacks the row {line}"
+
+
+def test_tests_and_files_named_in_the_readme_exist_and_its_sizes_are_about_right():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    names = set(re.findall(r"`(test_\w+)`", readme))
+    assert len(names) > 12 and all(f"def {name}(" in source for name in names)
+    for path in re.findall(r"\((results/[^)]*\.png)\)", readme):
+        assert (ROOT / path).exists()
+    sizes = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M)
+    assert {name for name, _ in sizes} == {path.name for path in ROOT.glob("*.py")}
+    for name, lines in sizes:
+        assert int(lines) == pytest.approx(len((ROOT / name).read_text("utf-8").splitlines()), rel=0.05, abs=9)
