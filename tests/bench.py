@@ -5,7 +5,6 @@ python tests/bench.py --short    a few seconds, to see that it works
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -171,14 +170,25 @@ def sampling(device, n, rounds):
     return table
 
 
+CHILD = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
 def child(code, *flags):
-    """Run a script in a process of its own; its seconds and its peak memory in MB."""
+    """Run a script in a process of its own; its seconds and its peak memory in MB.
+
+    Started by a small process in between: a child's peak counts what its parent held when it was started.
+    """
     before = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *code, *flags], stdout=subprocess.DEVNULL, cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{code} {flags} ended with {status}")
-    return time.perf_counter() - before, usage.ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    command = [sys.executable, "-c", CHILD, sys.executable, *code, *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{code} {flags} ended with {done.returncode}")
+    return time.perf_counter() - before, int(done.stdout) / (1024 if sys.platform == "linux" else 2**20)
 
 
 def memory(out, images):
