@@ -1316,6 +1316,7 @@ def draw_curves(axes: Any, curves: dict[str, Any], floor: float | None = None) -
         if floor is not None and key == "neg_elbo_bpd":
             ax.axhline(floor, color="k", ls=":", lw=1, label="true density, test")
         ax.set(title=title, xlabel="epoch", ylabel="bits/dim")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8)
 
 
