@@ -786,13 +786,14 @@ def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, 
     distance from the prior. z, mu, log_std: [M, ...].
     """
     z, mu, log_std = (t.flatten(1).cpu().double() for t in (z, mu, log_std))  # mps has no float64
-    own, rows = normal_log_prob(z, mu, log_std), []
-    for i in torch.arange(len(z)).split(max(1, 10**7 // mu.numel())):
-        each = normal_log_density(z[i, None], mu, log_std).sum(2)  # (some, M): log q(z_m|x_j)
-        others = each.clone()
-        others[torch.arange(len(i)), i] = -math.inf
-        rows.append(torch.stack([torch.logsumexp(each, 1), torch.logsumexp(others, 1)]))
-    everyone, others = torch.cat(rows, 1)
+    own, precision, rows = normal_log_prob(z, mu, log_std), torch.exp(-2 * log_std), []
+    constant = -sum_dims(0.5 * mu**2 * precision + log_std + 0.5 * math.log(2 * math.pi))
+    for i in torch.arange(len(z)).split(1000):
+        each = z[i] @ (mu * precision).T - 0.5 * z[i] ** 2 @ precision.T + constant  # (some, M): log q(z_m|x_j)
+        each[torch.arange(len(i)), i] = -math.inf
+        rows.append(torch.logsumexp(each, 1))
+    others = torch.cat(rows)
+    everyone = torch.logaddexp(others, own)
     return own - everyone + math.log(len(z)), own - others + math.log(len(z) - 1)
 
 
@@ -915,14 +916,17 @@ def after_step(at: dict[str, Any], kept: "Checkpoint", signals: list[int], skipp
 
 
 def train_step(
-    net: nn.Module, optimiser: Any, x: Tensor, precision: str, kl_weight: float = 1.0, free_bits: float = 0.0
+    net: nn.Module, optimiser: Any, x: Tensor, precision: str, kl_weight: Any = 1.0, free_bits: float = 0.0
 ) -> Tensor:
-    """One step of Adam on this process's share x of a batch. Returns 1 where it was skipped, for want of a finite loss
-    and gradient, else 0; [], on the device, so that nothing here waits for it."""
-    world = processes()[1]
+    """One step of Adam on this process's share x of a batch; 1 where no gradient was finite and it was skipped, else 0.
+
+    The answer is [], on the device, so that nothing here waits for it.
+    """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         recon, kl = (bits_per_dim(term.mean(), x[0].numel()) for term in net(x, Noise(len(x), x.device)))
-        loss = recon + kl_weight * (total(kl) > free_bits * world) * kl
+        if free_bits:  # a batch's KL under them is not charged for
+            kl_weight = kl_weight * (total(kl) > free_bits * processes()[1])
+        loss = recon + kl_weight * kl
     optimiser.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
@@ -1292,8 +1296,8 @@ def save_figure(fig: Any, path: Path) -> None:
     if fig.axes[0].get_subplotspec():  # not for axes that were placed by hand
         fig.tight_layout()
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=DPI)
-    write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG", optimize=True))
+    fig.savefig(drawn, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
+    write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG"))
     if in_kernel():
         plt.show()
     plt.close(fig)

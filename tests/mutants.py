@@ -64,7 +64,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("layers' earlier outputs forgotten", "core.py", "x[:, :, i, j] = F.relu(h[..., 0])", "x = torch.zeros_like(x); x[:, :, i, j] = F.relu(h[..., 0])"),
     ("differences that keep the level", "core.py", "/ self.mask.sum())", "/ self.mask.numel())"),
     ("information bound without log M", "core.py", "own - everyone + math.log(len(z))", "own - everyone"),
-    ("free bits charged for", "core.py", "(total(kl) > free_bits * world)", "1"),
+    ("free bits charged for", "core.py", "(total(kl) > free_bits * processes()[1])", "1"),
     ("logistic without its tails", "bonus.py", "torch.where((levels == 0) | (levels == num_levels - 1), edges, inside)", "inside"),
     ("logistic bins half as wide", "bonus.py", "torch.expm1(-step * sharpness)", "torch.expm1(-step * sharpness / 2)"),
     ("colours in the wrong order", "bonus.py", "torch.stack([torch.zeros_like(c0), c0 * r, c1 * r + c2 * g], 2)", "torch.stack([c0 * g, torch.zeros_like(c0), c1 * r + c2 * g], 2)"),

@@ -432,6 +432,22 @@ def test_kl_weight_ramps_up_and_stays_at_one():
     assert core.kl_weight(0, 0.0) == 1
 
 
+@pytest.mark.parametrize("free_bits, moves", [(0.0, True), (0.5, False)])
+def test_without_free_bits_a_batch_whose_sampled_kl_is_negative_is_learnt_from_too(free_bits, moves):
+    class NegativeKL(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kl = nn.Parameter(torch.tensor(-1.0))
+
+        def forward(self, x, noise):
+            return Terms(recon=torch.zeros(len(x)) + 0 * self.kl, kl=self.kl.expand(len(x)))
+
+    model = NegativeKL()
+    optimiser = torch.optim.Adam(model.parameters(), 0.1, fused=True)
+    core.train_step(model, optimiser, torch.zeros(4, 2), "fp32", 1.0, free_bits)
+    assert (model.kl.item() != -1) == moves
+
+
 def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
     rates = [core.one_cycle(step / 1000) for step in range(1001)]
     assert max(rates) == rates[100] == 1 and rates[0] == 0 and rates[-1] == pytest.approx(0)
