@@ -191,12 +191,11 @@ def child(code, *flags):
     return time.perf_counter() - before, int(done.stdout) / (1024 if sys.platform == "linux" else 2**20)
 
 
-def memory(out, images):
+def memory(out, images, short):
     """Peak memory, MB, of q2a: how it grows with epochs, batch and number of images."""
-    base = dict(epochs=1, batch_size=16, limit=images)
-    table = {}
-    for name, change in {"base": {}, "3 epochs": dict(epochs=3), "batch 64": dict(batch_size=64),
-                         "4 x images": dict(limit=4 * images)}.items():  # fmt: skip
+    base, table = dict(epochs=1, batch_size=16, limit=images), {}
+    changes = {"3 epochs": dict(epochs=3), "batch 64": dict(batch_size=64), "4 x images": dict(limit=4 * images)}
+    for name, change in {"base": {}, **({} if short else changes)}.items():
         flags = [w for k, v in (base | change).items() for w in (f"--{k.replace('_', '-')}", str(v))]
         table[name] = child(["q2a.py"], "--data", "synthetic", "--out", f"{out}/{name}", *flags)[1]
         print(f"peak memory, {name}: {table[name]:.0f} MB", flush=True)
@@ -229,7 +228,7 @@ def main():
             "sampling": sampling(device, 4 if args.short else 100, rounds),
         }
         if device == "cpu" and sys.platform != "win32":
-            metrics["peak_memory_mb"] = memory(out, 80 if args.short else 160)
+            metrics["peak_memory_mb"] = memory(out, 160, args.short)
             starts = [child(["-c", START_UP], out)[0] for _ in range(rounds)]
             metrics["seconds_to_first_step"] = statistics.median(starts)
             if not args.short:
