@@ -40,8 +40,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
-from torchvision.datasets import SVHN
-from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 # ---------------------------------------------------------------------------------------------------- conventions
@@ -584,6 +582,8 @@ def load_svhn(root: Path) -> list[np.ndarray]:
 
     The official train file is split 65,931 / 7,326 by a fixed permutation, so that validation is not the file's end.
     """
+    from torchvision.datasets import SVHN  # here, as torchvision takes two seconds, which question 1 can do without
+
     if processes()[0]:  # rank 0 downloads for all
         barrier()
     try:
@@ -833,10 +833,10 @@ def fit(
 ) -> dict[str, Any]:  # fmt: skip
     """Minimise the mean negative ELBO in bits/dim on splits["train"] with Adam; return curves, leave the best weights.
 
-    args: epochs, batch_size, lr (the peak of `one_cycle`), precision. keep: the checkpoint, written after each epoch
-    and every five minutes; with args.resume training goes on from it. warmup: the fraction of training over which the
-    KL's weight rises from 0 to 1, in training only. free_bits: bits/dim of a batch's KL that training does not charge
-    for (Kingma et al. 2016, arXiv:1606.04934). Gradients are clipped to norm 1. Before the first epoch and after
+    args: epochs, batch_size, lr (the peak of `one_cycle`), precision, clock. keep: the checkpoint, written after each
+    epoch and every five minutes; with args.resume training goes on from it. warmup: the fraction of training over which
+    the KL's weight rises from 0 to 1, in training only. free_bits: bits/dim of a batch's KL that training does not
+    charge for (Kingma et al. 2016, arXiv:1606.04934). Gradients are clipped to norm 1. Before the first epoch and after
     each, every split is evaluated, train and test on their first examples, no more than validation has. The weights
     kept are those of the epoch with the lowest negative ELBO on all of validation: curves["best_epoch"].
     """
@@ -1337,6 +1337,8 @@ def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, 
 
     Two screen pixels a pixel; one in grids of more than 60 images, whose noise makes large files.
     """
+    from torchvision.utils import make_grid
+
     grids = {name: make_grid(x.cpu(), columns, padding=2, pad_value=255) for name, x in panels.items()}
     scale = 2 if max(len(x) for x in panels.values()) <= 60 else 1
     h, w = (scale * n for n in next(iter(grids.values())).shape[1:])
