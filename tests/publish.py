@@ -19,9 +19,9 @@ SHOW_DATA = ("report.md", "interpolations.png", "reconstructions.png", "lossy.pn
 
 
 def folder_name(metrics):
-    """q1a, or q2b_synthetic: the script, and for images the data, as --data names them."""
-    data = metrics["args"].get("data")
-    return metrics["script"] + (f"_{Path(data).stem}" if data else "")
+    """q1a, or q2b_synthetic_4000: the script, and for images the data and the limit, as the flags name them."""
+    data, limit = (metrics["args"].get(name) for name in ("data", "limit"))
+    return "_".join(str(part) for part in (metrics["script"], data and Path(data).stem, limit) if part)
 
 
 def main():

@@ -53,7 +53,7 @@ def published():
     """The metrics of every published run, in the order of the questions."""
     runs = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results/published").glob("*/metrics.json")]
     order = ("q1a", "q1b", "q2a", "q2b", "bonus")
-    return sorted(runs, key=lambda m: (m["args"].get("data", ""), order.index(m["script"])))
+    return sorted(runs, key=lambda m: (order.index(m["script"]), m["data"].get("name", ""), m["data"].get("train")))
 
 
 def rows():
