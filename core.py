@@ -1466,7 +1466,7 @@ def image_report(heading: str, metrics: dict[str, Any], answer: str = "") -> str
     return f"""# {heading}
 
 Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
-{metrics["params"]:,} parameters, {args["epochs"]} epochs, {metrics["seconds"]:,.0f} s on {metrics["env"]["device"]},
+{metrics["params"]:,} parameters, epochs: {args["epochs"]}, {metrics["seconds"]:,.0f} s on {metrics["env"]["device"]},
 {args["precision"]} training steps.
 
 ## 1. The bound on train, validation and test
