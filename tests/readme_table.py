@@ -13,7 +13,7 @@ import core  # noqa: E402
 import q1a  # noqa: E402
 import q1b  # noqa: E402
 
-HEAD = """| question, model | data | −ELBO, bits/dim | KL | decoder term | reference | epochs | s | threads | command |
+HEAD = """| question, model | data | −ELBO, bits/dim | KL, bits/dim | decoder term, bits/dim | reference, bits/dim | epochs | s | threads | command |
 |---|---|---|---|---|---|---|---|---|---|
 """
 DEFAULTS = {"q1a": q1a.DEFAULTS, "q1b": q1b.DEFAULTS, "bonus": bonus.DEFAULTS}
