@@ -13,9 +13,11 @@ import core  # noqa: E402
 import q1a  # noqa: E402
 import q1b  # noqa: E402
 
-HEAD = """| question, model | data | −ELBO, bits/dim | KL, bits/dim | decoder term, bits/dim | reference, bits/dim | epochs | s | threads | command |
-|---|---|---|---|---|---|---|---|---|---|
-"""
+COLUMNS = (
+    "question, model", "data", "−ELBO, bits/dim", "KL, bits/dim", "decoder term, bits/dim", "reference, bits/dim", "epochs",
+    "s", "threads", "command",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
 DEFAULTS = {"q1a": q1a.DEFAULTS, "q1b": q1b.DEFAULTS, "bonus": bonus.DEFAULTS}
 UNSAID = ("out", "device", "precision", "smoke", "evaluate", "data_root", "clock", "resume", "compile")
 
