@@ -1328,7 +1328,7 @@ def plot_curves(curves: dict[str, Any], title: str, path: Path) -> None:
     """One model's curves, as `draw_curves` draws them."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     draw_curves(axes, curves)
-    fig.suptitle(title)
+    fig.suptitle("\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, 100)))
     save_figure(fig, path)
 
 

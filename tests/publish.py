@@ -35,8 +35,9 @@ def main():
     target = PUBLISHED / folder_name(metrics)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
+    metrics["args"]["out"] = "results"  # folders are nobody's business
     if "data" in metrics["args"]:
-        metrics["args"]["data"] = Path(metrics["args"]["data"]).name  # whose folders are nobody's business
+        metrics["args"]["data"] = Path(metrics["args"]["data"]).name
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     for path in sorted([*args.folder.glob("*.png"), *args.folder.glob("*.md")]):
         if args.no_images and path.name in SHOW_DATA:

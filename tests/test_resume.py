@@ -273,7 +273,7 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_signals_outside_training_end_the_run_and_a_second_one_in_training_does_so_at_once(capsys):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):  # as while figures are drawn
         with pytest.raises(SystemExit) as stop:
             core.launch(lambda number=number: os.kill(os.getpid(), number))
@@ -283,6 +283,7 @@ def test_signals_outside_training_end_the_run_and_a_second_one_in_training_does_
         os.kill(os.getpid(), signal.SIGTERM)
         assert caught == [signal.SIGTERM] and "once more to stop at once" in capsys.readouterr().err
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 OUT_OF_MEMORY = """
