@@ -62,6 +62,7 @@ def rows():
     """All lines. The reference of an image bound: lossless codecs, measured by any published run on the same images."""
     runs = published()
     codecs = {m["data"].get("sha256"): m["test_codecs_bpd"] for m in runs if "test_codecs_bpd" in m}
+    jpeg_xl = json.loads((ROOT / "results/published/jpeg_xl.json").read_text("utf-8"))
     for metrics in runs:
         script = metrics["script"]
         if script in ("q1a", "q1b"):
@@ -70,8 +71,9 @@ def rows():
                 seeds = [final[model].get("test", final[model]) for final in metrics.get("seeds", {}).values()]
                 yield row(metrics, what, bound, f"true density {bound['floor_bpd']:.4f}", seeds)
         else:
-            measured = codecs.get(metrics["data"]["sha256"], {})
-            reference = ", ".join(f"{codec} {value:.3f}" for codec, value in measured.items())
+            key = metrics["data"]["sha256"]
+            measured = codecs.get(key, {}) | jpeg_xl.get(key, {})
+            reference = ", ".join(f"{codec} {value:.3f}" for codec, value in measured.items() if codec != "data")
             yield row(metrics, script.removeprefix("q"), metrics["final"]["test"], reference)
 
 
