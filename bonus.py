@@ -19,17 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from core import (
+from core import (  # before torch, whose import reads what core has set
     IMAGE_DEFAULTS, IMAGE_SMOKE, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, MaskedConv2d, Noise,
     StandardNormal, at_least_fp32, bits_per_dim, bounded_log_std, dequantise, evaluate_splits, exact, fit, in_notebook,
     launch, number, parse_args, plot_tiles, posteriors, quantise, run_images, save_figure, spread, standard_error,
     sum_dims, wavefront_slope, wavefronts,
 )  # fmt: skip
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
 COMPONENTS = 10  # logistics in a pixel's mixture

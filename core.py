@@ -32,6 +32,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+# Read when torch is imported, and so before it: on Apple's mps, an operator that is missing there runs on the CPU, and
+# torch says so in a warning.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -1529,10 +1533,6 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         fail(interrupted, 128 + signal.SIGINT)
-    except NotImplementedError as error:
-        if "MPS" not in str(error):
-            raise
-        fail(f"{str(error).split('. ')[0]}: set PYTORCH_ENABLE_MPS_FALLBACK=1, or use --device cpu")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
             raise

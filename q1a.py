@@ -14,17 +14,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from core import (  # before torch, whose import reads what core has set
+    VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
+    in_notebook, information_bounds, iwae, launch, parse_args, run_seeds, save_figure, seeds_table, skipped_text,
+    split_points, standard_error, write_results,
+)  # fmt: skip
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.patches import Ellipse
 from torch import Tensor, nn
-
-from core import (
-    VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
-    in_notebook, information_bounds, iwae, launch, parse_args, run_seeds, save_figure, seeds_table, skipped_text,
-    split_points, standard_error, write_results,
-)  # fmt: skip
 
 MEAN = np.array([1.0, 2.0])
 STD = np.array([5.0, 1.0])

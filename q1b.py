@@ -14,18 +14,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+from core import (  # before torch, whose import reads what core has set
+    VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
+    in_notebook, information_bounds, iwae, launch, normal_log_prob, parse_args, run_seeds, save_figure, seeds_table,
+    skipped_text, split_points, standard_error, write_results,
+)  # fmt: skip
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-
-from core import (
-    VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
-    in_notebook, information_bounds, iwae, launch, normal_log_prob, parse_args, run_seeds, save_figure, seeds_table,
-    skipped_text, split_points, standard_error, write_results,
-)  # fmt: skip
 
 CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc (2 cos t, -sin t), t in [0, pi]
 STD = 0.2

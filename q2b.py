@@ -20,16 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from core import (
+from core import (  # before torch, whose import reads what core has set
     IMAGE_DEFAULTS, IMAGE_SMOKE, FlowPrior, ImageVAE, Noise, StandardNormal, Terms, bits_per_dim, evaluate, fit,
     in_notebook, information_bounds, kl_per_position, launch, load_checkpoint, normal_log_prob, parse_args,
     plot_tiles, posteriors, run_images, save_figure, standard_error,
 )  # fmt: skip
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 UNCOMPARED = ("out", "data_root", "compare", "evaluate", "clock")  # arguments in which 2a and 2b may differ
 

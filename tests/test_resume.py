@@ -257,7 +257,6 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
         (KeyboardInterrupt(), 130, "--resume"), (MemoryError(), 2, "--batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "--batch-size"),
-        (NotImplementedError("The operator 'x' is not currently implemented for the MPS device. If"), 2, "FALLBACK=1"),
         (OSError(28, "No space left on device", "x/metrics.json"), 1, "x/metrics.json: No space left on device"),
     ):  # fmt: skip
         before = signal.getsignal(signal.SIGTERM)

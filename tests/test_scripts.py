@@ -388,6 +388,26 @@ def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkey
         assert args.epochs == cell["DEFAULTS"]["epochs"]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("given, seen", [(None, "1"), ("0", "0")])
+def test_before_torch_is_imported_it_is_told_to_fall_back_where_mps_lacks_an_operator(script, given, seen):
+    watch = """import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+import """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_ENABLE_MPS_FALLBACK"}
+    environment |= {"PYTORCH_ENABLE_MPS_FALLBACK": given} if given else {}
+    for what, expected in ((script, seen), ("torch", str(given))):  # and with torch first nothing is set
+        command = [sys.executable, "-c", watch + what]
+        assert (
+            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout == f"{expected}\n"
+        )
+
+
 def test_every_command_in_the_readme_parses(monkeypatch):
     monkeypatch.setattr(core, "make_folder", lambda path: path)
     import bonus
