@@ -277,6 +277,7 @@ def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
         ax.errorbar(r["kl_bpd"], r["recon_bpd"], xerr=r["kl_se_bpd"], fmt="o" if r["latents"] else "s", capsize=3)
         ax.annotate(label, (r["kl_bpd"], r["recon_bpd"]), xytext=(6, 4), textcoords="offset points", fontsize=9)
     ax.set(xlabel="KL: the code, bits/dim (± 1 s.e.)", ylabel="decoder term, bits/dim")
+    ax.margins(0.12)  # room for the labels
     ax.set_title(f"Receptive fields after {rows[0]['epochs']} epochs each, test", fontsize=10)
     save_figure(fig, path)
 

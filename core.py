@@ -1334,8 +1334,13 @@ def plot_curves(curves: dict[str, Any], title: str, path: Path) -> None:
     """One model's curves, as `draw_curves` draws them."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     draw_curves(axes, curves)
-    fig.suptitle("\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, 100)))
+    fig.suptitle("\n".join(wrapped(title, 100)))
     save_figure(fig, path)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The text's lines, those longer than width letters broken between words."""
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
 
 
 def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
@@ -1350,7 +1355,7 @@ def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, 
     h, w = (scale * n for n in next(iter(grids.values())).shape[1:])
     down, across = (len(grids), 1) if stacked else (1, len(grids))
     width = across * (w + 20) + 20
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, width // 10)]  # 10 pixels a letter
+    lines = wrapped(title, width // 10)  # 10 pixels a letter
     height = down * (h + 35) + 30 + 22 * len(lines)
     fig = plt.figure(figsize=(width / DPI, height / DPI))
     for i, (name, grid) in enumerate(grids.items()):
