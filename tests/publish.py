@@ -3,7 +3,7 @@
 python tests/publish.py results/q2b                  metrics.json, report.md and all figures
 python tests/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only those
                                                      figures that show no image of the data
-Pictures over 400 kB are copied in 256 colours. A published run of the same script on the same data gives way to it.
+Pictures over 200 kB are copied in 256 colours. A published run of the same script on the same data gives way to it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
-LIMIT = 400_000  # bytes
+LIMIT = 200_000  # bytes
 SHOW_DATA = ("report.md", "interpolations.png", "reconstructions.png", "lossy.png", "neighbours.png")
 
 
