@@ -19,12 +19,13 @@ COLUMNS = (
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
 DEFAULTS = {"q1a": q1a.DEFAULTS, "q1b": q1b.DEFAULTS, "bonus": bonus.DEFAULTS}
-UNSAID = ("out", "device", "precision", "smoke", "evaluate", "data_root", "clock", "resume", "compile")
+UNSAID = ("out", "device", "smoke", "evaluate", "data_root", "clock", "resume", "compile")
 
 
 def command(metrics):
     """The command line that made a run: its script and the flags that are not at their defaults."""
-    defaults = {"seed": 0, "seeds": 1, "limit": None, "compare": False}
+    defaults = {"seed": 0, "seeds": 1, "limit": None, "compare": False, "precision": "bf16"}  # auto on our machine
+    defaults |= {"precision": "fp32"} if metrics["script"] in ("q1a", "q1b") else {}
     defaults |= DEFAULTS.get(metrics["script"], core.IMAGE_DEFAULTS)
     flags = [f"{metrics['script']}.py"]
     for name, value in metrics["args"].items():
@@ -55,7 +56,11 @@ def published():
     """The metrics of every published run, in the order of the questions."""
     runs = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results/published").glob("*/metrics.json")]
     order = ("q1a", "q1b", "q2a", "q2b", "bonus")
-    return sorted(runs, key=lambda m: (order.index(m["script"]), m["data"].get("name", ""), m["data"].get("train")))
+
+    def place(m):
+        return order.index(m["script"]), m["data"].get("name", ""), m["data"].get("train"), command(m)
+
+    return sorted(runs, key=place)
 
 
 def rows():
