@@ -28,7 +28,7 @@ def main():
     bound = core.codec_bits_per_dim(data.splits["test"][:1000], "JXL", effort=9)
     path = ROOT / "results" / "published" / "jpeg_xl.json"
     known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    known[data.describe()["sha256"]] = {"data": data.name, "JPEG XL": bound}
+    known[data.describe()["sha256"]] = {"data": data.name, "bpd": bound}
     core.write_json(path, known)
     print(f"{data.name}: JPEG XL {bound:.4f} bits/dim, into {path}")
 

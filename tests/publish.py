@@ -3,7 +3,7 @@
 python tests/publish.py results/q2b                  metrics.json, report.md and all figures
 python tests/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only those
                                                      figures that show no image of the data
-Pictures over 200 kB are copied in 256 colours. A published run of the same script on the same data gives way to it.
+Pictures over 200 kB are copied in 256 colours. A published run of the same name gives way to it.
 """
 
 import argparse
@@ -19,9 +19,10 @@ SHOW_DATA = ("report.md", "interpolations.png", "reconstructions.png", "lossy.pn
 
 
 def folder_name(metrics):
-    """q1a, or q2b_synthetic_4000: the script, and for images the data and the limit, as the flags name them."""
-    data, limit = (metrics["args"].get(name) for name in ("data", "limit"))
-    return "_".join(str(part) for part in (metrics["script"], data and Path(data).stem, limit) if part)
+    """q1a, or q2b_synthetic_4000_fp32: the script, and for images the data, the limit, and fp32 where training was."""
+    data, limit, precision = (metrics["args"].get(name) for name in ("data", "limit", "precision"))
+    parts = (metrics["script"], data and Path(data).stem, limit, data and precision == "fp32" and precision)
+    return "_".join(str(part) for part in parts if part)
 
 
 def main():

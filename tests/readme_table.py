@@ -77,8 +77,8 @@ def rows():
                 yield row(metrics, what, bound, f"true density {bound['floor_bpd']:.4f}", seeds)
         else:
             key = metrics["data"]["sha256"]
-            measured = codecs.get(key, {}) | jpeg_xl.get(key, {})
-            reference = ", ".join(f"{codec} {value:.3f}" for codec, value in measured.items() if codec != "data")
+            measured = codecs.get(key, {}) | ({"JPEG XL": jpeg_xl[key]["bpd"]} if key in jpeg_xl else {})
+            reference = ", ".join(f"{codec} {value:.3f}" for codec, value in measured.items())
             yield row(metrics, script.removeprefix("q"), metrics["final"]["test"], reference)
 
 

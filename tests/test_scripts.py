@@ -403,9 +403,8 @@ import """
     environment |= {"PYTORCH_ENABLE_MPS_FALLBACK": given} if given else {}
     for what, expected in ((script, seen), ("torch", str(given))):  # and with torch first nothing is set
         command = [sys.executable, "-c", watch + what]
-        assert (
-            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout == f"{expected}\n"
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout == f"{expected}\n"
 
 
 def test_every_command_in_the_readme_parses(monkeypatch):
