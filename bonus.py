@@ -12,18 +12,19 @@ not go through z: the smaller the receptive field, the more does (arXiv:1611.027
 """
 
 import argparse
-import functools
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    IMAGE_DEFAULTS, IMAGE_SMOKE, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, MaskedConv2d, Noise,
-    StandardNormal, at_least_fp32, bits_per_dim, bounded_log_std, dequantise, evaluate_splits, exact, fit, in_notebook,
-    launch, number, parse_args, plot_tiles, posteriors, quantise, run_images, save_figure, spread, standard_error,
-    sum_dims, wavefront_slope, wavefronts,
+    CODECS, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d, StandardNormal, VAE,
+    at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_table, check_prior,
+    codec_bits_per_dim, describe_run, draw, evaluate_splits, evenly_spaced, fit, fixed_noise, float64_copy,
+    kl_per_position, launch, load_images, load_trained, number, parse_args, pasted_into_cell, plot_curves,
+    plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world, save_figure, settings,
+    skipped_text, standard_error, straight_lines, sum_dims, sum_over_processes, to_device, to_float64,
+    wavefront_slope, wavefronts, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -31,14 +32,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
 COMPONENTS = 10  # logistics in a pixel's mixture
-WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
-DEFAULTS = {**IMAGE_DEFAULTS, "lr": 2e-3, "receptive_field": 3, "prior": "flow", "blind": 1.0, "free_bits": 0.0}
-SMOKE = {**IMAGE_SMOKE, "table_epochs": 1}
-TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
-
+DEFAULTS = dict(
+    epochs=20,
+    batch_size=32,
+    lr=2e-3,
+    latents=16,
+    data="svhn",
+    receptive_field=3,
+    prior="flow",
+    blind=1.0,
+    free_bits=0.0,
+)
+SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic", table_epochs=1)
 
 # ----------------------------------------------------------------------------------------- the pixel's distribution
 
@@ -96,16 +103,33 @@ def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
     chosen = (logits - torch.log(-torch.log(u[:, :-3]))).argmax(1)[:, None, None].expand(-1, -1, 3, -1, -1)
     mu, log_scale, c = (t.gather(1, chosen)[:, 0].unbind(1) for t in rest)  # three of (B, P, 1) each
 
-    def draw(k: int, shift: Tensor) -> Tensor:
+    def colour(k: int, shift: Tensor) -> Tensor:
         x = mu[k] + shift + torch.exp(log_scale[k]) * torch.logit(u[:, k - 3])
-        return dequantise(quantise(x), torch.full_like(x, 0.5))
+        return bin_centres(quantise(x)).to(x.dtype)
 
-    r = draw(0, torch.zeros_like(mu[0]))
-    g = draw(1, c[0] * (r - mu[0]))
-    return torch.stack([r, g, draw(2, c[1] * (r - mu[0]) + c[2] * (g - mu[1]))], 1)
+    r = colour(0, torch.zeros_like(mu[0]))
+    g = colour(1, c[0] * (r - mu[0]))
+    return torch.stack([r, g, colour(2, c[1] * (r - mu[0]) + c[2] * (g - mu[1]))], 1)
 
 
 # -------------------------------------------------------------------------------------------------------- the model
+
+
+WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
+GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
+
+
+class DifferenceConv2d(MaskedConv2d):
+    """A masked convolution whose taps sum to 0 for each channel: it sees differences between positions only."""
+
+    def kernel(self) -> Tensor:
+        kernel = super().kernel()
+        return kernel - self.mask * (kernel.sum((2, 3), keepdim=True) / self.num_taps)
+
+
+def average_of_neighbours(x: Tensor) -> Tensor:
+    """The mean of the pixels to the left and above, zeros outside the image. [B, 3, H, W] -> the same."""
+    return (F.pad(x, (1, 0))[..., :-1] + F.pad(x, (0, 0, 1, 0))[..., :-1, :]) / 2
 
 
 class LocalPixelCNN(nn.Module):
@@ -121,40 +145,39 @@ class LocalPixelCNN(nn.Module):
     def __init__(self, latent_channels: int, receptive_field: int):
         super().__init__()
         self.trunk = ConvDecoder(latent_channels, WIDTH).net if latent_channels else None
-        self.first = MaskedConv2d("A", 3, WIDTH, 2 * receptive_field + 1, differences=True)
-        self.average, self.level = MaskedConv2d("A", 3, 3, 3).requires_grad_(False), nn.Conv2d(3, WIDTH, 1)
+        self.first = DifferenceConv2d("A", 3, WIDTH, 2 * receptive_field + 1)
+        self.level = nn.Conv2d(3, WIDTH, 1)
         blocks, last = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)], nn.Conv2d(WIDTH, 10 * COMPONENTS, 1)
         self.rest = nn.Sequential(*blocks, nn.ReLU(), last)
         with torch.no_grad():
-            for parameter in (*self.average.parameters(), *last.parameters()):
+            for parameter in last.parameters():
                 parameter.zero_()
-            self.average.weight[range(3), range(3), 1, 0] = self.average.weight[range(3), range(3), 0, 1] = 0.5
             last.get_parameter("bias")[4 * COMPONENTS : 7 * COMPONENTS] = torch.linspace(-3, 1, COMPONENTS).repeat(3)
 
     def features(self, z: Tensor) -> Tensor:
-        """[B, C, 8, 8] -> [B, WIDTH, 32, 32]; zeros where there is no code."""
+        """[B, C, 8, 8] -> [B, WIDTH, 32, 32]; zeros if there is no code."""
         return self.trunk(z) if self.trunk else z.new_zeros(len(z), WIDTH, 32, 32)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """x [B, 3, 32, 32] in [-1, 1], `features` of z [B, WIDTH, 32, 32] -> [B, 10 K, 32, 32]."""
-        with torch.autocast(x.device.type, enabled=False):
-            average = self.average(x)
+        average = average_of_neighbours(x)
         return add_to_means(self.rest(self.first(GAIN * x) + self.level(average) + features), average)
 
     @torch.no_grad()
-    def sample(self, z: Tensor, noise: Noise, slope: int | None = None) -> Tensor:
-        """x ~ p(x|z), one anti-diagonal after the other (see `wavefronts`): uint8 [B, 3, 32, 32].
+    def sample(self, z: Tensor, u: Tensor, slope: int | None = None) -> Tensor:
+        """x ~ p(x|z) from u ~ U[0, 1) [B or 1, K + 3, 32, 32] (see `mixture_sample`): uint8 [B, 3, 32, 32].
 
-        Only the new positions are computed, in float64: any valid slope draws the same levels.
+        One anti-diagonal after the other (see `wavefronts`), at the new positions only, in float64: any slope that is
+        large enough draws the same levels.
         """
-        first, average, level, rest = (exact(net) for net in (self.first, self.average, self.level, self.rest))
-        features = self.features(z)
-        u = noise.uniform(COMPONENTS + 3, 32, 32).to(first.weight) + 2.0**-25  # to the middle of its 24-bit bin
-        x = u.new_zeros(len(z), 3, 32, 32)
-        for i, j in wavefronts(32, 32, slope or wavefront_slope(self)):
-            mean = average.at(x, i, j)  # (B, 3, P, 1)
-            h = first.at(GAIN * x, i, j) + level(mean) + features[:, :, i, j, None].to(x)  # (B, WIDTH, P, 1)
-            x[:, :, i, j] = mixture_sample(add_to_means(rest(h), mean), u[:, :, i, j, None])[..., 0]
+        first, level, rest = (float64_copy(net) for net in (self.first, self.level, self.rest))
+        features, u64 = to_float64(self.features(z)), to_float64(u) + 2.0**-25  # to the middle of its 24-bit bin
+        x = features.new_zeros(len(z), 3, 32, 32)
+        for i, j in wavefronts(32, 32, slope or wavefront_slope(self), x.device):
+            padded = F.pad(x, (1, 0, 1, 0))  # position (i, j) is at (i + 1, j + 1)
+            mean = ((padded[:, :, i + 1, j] + padded[:, :, i, j + 1]) / 2)[..., None]  # (B, 3, P, 1)
+            h = first.at(GAIN * x, i, j) + level(mean) + features[:, :, i, j, None]  # (B, WIDTH, P, 1)
+            x[:, :, i, j] = mixture_sample(add_to_means(rest(h), mean), u64[:, :, i, j, None])[..., 0]
         return quantise(x).to(z.device)
 
 
@@ -167,68 +190,85 @@ class NoCode(nn.Module):
 
 
 class LossyVAE(VAE):
-    """The VAE of 2b with a local PixelCNN as its decoder: levels in, log P(levels) out."""
+    """The VAE of 2b with a local PixelCNN as its decoder; recon + kl bounds -log P(levels) from above.
+
+    levels uint8 [B, 3, 32, 32]. blind and free_bits: remedies for a code that stays empty, in training alone (`loss`).
+    """
 
     decoder: LocalPixelCNN
 
-    def __init__(self, latent_channels: int, receptive_field: int, prior: str, blind: float = 0.0):
+    def __init__(
+        self, latent_channels: int, receptive_field: int, prior: str, blind: float = 0.0, free_bits: float = 0.0
+    ):
         encoder = ConvEncoder(latent_channels) if latent_channels else NoCode()
-        make_prior = PRIORS[prior] if latent_channels else StandardNormal
         decoder = LocalPixelCNN(latent_channels, receptive_field)
+        make_prior = PRIORS[prior] if latent_channels else StandardNormal
         super().__init__(encoder, decoder, make_prior((latent_channels, 8, 8)))
-        self.blind = blind if latent_channels else 0.0
+        self.blind, self.free_bits = blind if latent_channels else 0.0, free_bits
 
-    def forward(self, levels: Tensor, noise: Noise) -> Any:
-        """levels uint8 [B, 3, 32, 32] -> Terms of [B], nats, whose sum bounds -log P(levels) from above."""
-        return super().forward(self.to_x(levels, noise), noise)
+    def to_x(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Bin centres: the levels themselves are scored, so there is nothing to dequantise. [B, 3, 32, 32]."""
+        return bin_centres(levels)
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
-        """log P(levels | z). x: the levels' bin centres [B, 3, 32, 32] -> [B], nats.
+        """log P(levels | z). x: the levels' bin centres [B, 3, 32, 32] -> [B], nats."""
+        return mixture_log_prob(quantise(x), self.decoder(x, self.decoder.features(z)))
 
-        In training, plus `blind` times the same for a decoder that sees no neighbours: neighbours teach the decoder
-        faster than z does, and one that has learned to do without z never asks for it again.
+    def loss(self, levels: Tensor, kl_weight: float = 1.0) -> Tensor:
+        """The negative ELBO with two changes, in bits/dim, [].
+
+        blind times a second decoder term whose pixels see no neighbours: neighbours teach the decoder faster than z
+        does, and a decoder that has learned to do without z never uses it again. free_bits: the bits/dim of a batch's
+        KL that are not charged for (Kingma et al. 2016, arXiv:1606.04934).
         """
-        levels, features = quantise(x), self.decoder.features(z)
-        log_p = mixture_log_prob(levels, self.decoder(x, features))
-        if self.training and self.blind:
-            log_p = log_p + self.blind * mixture_log_prob(levels, self.decoder.rest(features))
-        return log_p
+        x = self.to_x(levels)
+        z, mu, log_std = self.posterior(x)
+        features = self.decoder.features(z)
+        recon = -mixture_log_prob(levels, self.decoder(x, features))
+        if self.blind:
+            recon = recon - self.blind * mixture_log_prob(levels, self.decoder.rest(features))
+        recon, kl = (bits_per_dim(term.mean(), levels[0].numel()) for term in (recon, self.kl(z, mu, log_std)))
+        if self.free_bits:
+            kl = kl * (sum_over_processes(kl) / rank_and_world()[1] > self.free_bits)
+        return recon + kl_weight * kl
 
-    def to_x(self, levels: Tensor, noise: Noise | None = None) -> Tensor:
-        """Bin centres: uint8 [B, 3, 32, 32] -> the same in [-1, 1]."""
-        return dequantise(levels, torch.full_like(levels, 0.5, dtype=torch.float32))
-
-    def to_z(self, levels: Tensor) -> Tensor:
-        """The posterior mean. uint8 [B, 3, 32, 32] -> [B, C, 8, 8]."""
-        return self.encoder(self.to_x(levels))[0]
-
-    def to_images(self, z: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """Pictures of z, [B, C, 8, 8], by title: uint8 [B, 3, 32, 32]."""
-        return {"x ~ p(x|z)": self.decoder.sample(z, noise)}
+    @torch.no_grad()
+    def draw_levels(self, z: Tensor, *noise_key: Any, same: bool = False) -> Tensor:
+        """x ~ p(x|z), uint8 [B, 3, 32, 32]; `same` noise for all of them, or each its own."""
+        shape = (1 if same else len(z), COMPONENTS + 3, 32, 32)
+        return self.decoder.sample(z, draw(torch.rand, shape, z.device, fixed_noise(*noise_key)))
 
 
-def make_model(args: argparse.Namespace) -> LossyVAE:
-    return LossyVAE(args.latents, args.receptive_field, args.prior, args.blind)
+SHAPE = ("latents", "receptive_field", "prior", "blind", "free_bits")  # flags that make a model
+
+
+def make_model(args: argparse.Namespace, **changes: Any) -> LossyVAE:
+    """The model of these arguments, with changes, from --seed."""
+    torch.manual_seed(args.seed)
+    return LossyVAE(*({**vars(args), **changes}[name] for name in SHAPE))
 
 
 # ------------------------------------------------------------------------------------------------------ the answers
 
 
+TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
+
+
 def compare_receptive_fields(
-    splits: dict[str, Tensor], args: argparse.Namespace, progress: Path
+    args: argparse.Namespace, splits: dict[str, Tensor], progress: Path
 ) -> list[dict[str, Any]]:
     """Test bounds of models that differ in receptive field or in having a code at all, all on the same small budget."""
     rows = []
     for receptive_field, latents in TABLE:
-        latents = args.latents if latents is None else latents
-        print(f"receptive field {receptive_field}, {latents} latent channels:")
-        changes = {"receptive_field": receptive_field, "latents": latents, "epochs": args.table_epochs}
-        row_args = argparse.Namespace(**{**vars(args), **changes})
-        torch.manual_seed(args.seed)
-        model = make_model(row_args).to(args.device).to(memory_format=torch.channels_last)
-        keep = progress / f"table_{receptive_field}_{latents}.pt"
-        fit(model, splits, row_args, keep, free_bits=args.free_bits)
-        rows.append({**changes, **evaluate_splits(model, splits)["test"]})
+        changes = {"receptive_field": receptive_field, "latents": args.latents if latents is None else latents}
+        model = to_device(make_model(args, **changes), args)
+        name = f"receptive field {receptive_field}" + (", no code" if latents == 0 else "")
+        fit(
+            model, splits, epochs=args.table_epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            precision=args.precision, path=progress / f"{name.replace(', ', '_').replace(' ', '_')}.pt",
+            resume=args.resume, run={"args": settings(args) | changes}, name=name,
+        )  # fmt: skip
+        rows.append({**changes, "epochs": args.table_epochs, **evaluate_splits(model, splits)["test"]})
     return rows
 
 
@@ -266,6 +306,8 @@ def table_text(rows: list[dict[str, Any]]) -> str:
 From a receptive field of {first["receptive_field"]} to one of {last["receptive_field"]} the code changed by
 {last["kl_bpd"] - first["kl_bpd"]:+.4f} ± {error:.4f} and the decoder term by
 {last["recon_bpd"] - first["recon_bpd"]:+.4f} bits/dim. The last row has no code: its PixelCNN is alone.
+
+![receptive fields](receptive_fields.png)
 """
 
 
@@ -284,69 +326,193 @@ def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
 
 def nearest(samples: Tensor, train: Tensor) -> Tensor:
     """For each sample the training image at the least squared distance. uint8 [S, ...], [N, ...] -> [S, ...]."""
-    distances = torch.cdist(samples.flatten(1).float(), train.flatten(1).float())
-    return train[distances.argmin(1)]
+    best, found = torch.full((len(samples),), math.inf, device=samples.device), samples.clone()
+    for some in train.split(4096):  # in blocks, as floats take four times the memory
+        distances, places = torch.cdist(samples.flatten(1).float(), some.flatten(1).float()).min(1)  # each [S]
+        nearer = distances < best
+        best = torch.where(nearer, distances, best)
+        found = torch.where(nearer[:, None, None, None], some[places], found)
+    return found
 
 
-def finish(args: argparse.Namespace, model: LossyVAE, splits: dict[str, Tensor], metrics: dict, out: Path) -> str:
-    """lossy.png, the receptive-field table, and the part of the report that holds them."""
-    shown = spread(splits["test"], 10)
-    z, few = model.to_z(shown), torch.arange(len(shown), device=shown.device)
-    draws = {f"x ~ p(x|z), draw {k} of one z": model.decoder.sample(z, Noise.fixed(few, seed=k)) for k in (1, 2, 3)}
-    title = f"Lossy: what z keeps, and what the PixelCNN redraws; receptive field {args.receptive_field}, "
-    panels = {"test images": shown, **draws}
-    plot_tiles(panels, len(shown), title + metrics["data"]["name"], out / "lossy.png", stacked=True)
-    ten = torch.arange(10, device=shown.device)
-    samples = model.decoder.sample(model.prior.sample(Noise.fixed(ten, 1)), Noise.fixed(ten, 1))
-    panels = {"samples": samples, "their nearest training images": nearest(samples, splits["train"])}
-    plot_tiles(panels, 10, f"Not copies: {metrics['data']['name']}", out / "neighbours.png", stacked=True)
-    metrics["receptive_fields"] = compare_receptive_fields(splits, args, out / "progress") if args.table_epochs else []
-    metrics |= cost_of_another_code(model.eval(), splits["test"][:4000])
-    cost, error = metrics["another_code_costs_bpd"], metrics["another_code_costs_se_bpd"]
+def code_text(metrics: dict[str, Any]) -> str:
+    """Whether the code is used, from what another image's code costs, and what it holds."""
+    args, cost, error = metrics["args"], metrics["another_code_costs_bpd"], metrics["another_code_costs_se_bpd"]
     used = "is used" if cost > 0.001 + 4 * error else "is not measurably used"
-    bound = metrics["final"]["test"]["neg_elbo_bpd"]
     positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
-    table = "\nNot run: `--table-epochs 0`.\n"
-    if args.table_epochs:
-        plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
-        table = table_text(metrics["receptive_fields"]) + "\n![receptive fields](receptive_fields.png)\n"
-    return f"""
+    bound = metrics["final"]["test"]["neg_elbo_bpd"]
+    return f"""**The code {used}**: decoded from another image's z, the decoder term rises by {cost:.4f} ± {error:.4f}
+bits/dim (the first 4,000 test images, at most), which is {3072 * cost:,.0f} bits per image. The code of a test image
+holds {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position of the 8 x 8 grid costs
+{min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the prior. The remedies, in
+training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours, so that z has to hold the
+picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not charged for, here
+{args["free_bits"]:g}."""
+
+
+def report(metrics: dict[str, Any], code: str, table: str) -> str:
+    """The handout's deliverables in its order, every number from metrics."""
+    args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
+    codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
+    unfinished = "" if metrics["finished"] else "**Training was not finished**: its best weights so far."
+    return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
+
+Receptive field {args["receptive_field"]}, {args["prior"]} prior.
+Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
+{metrics["params"]:,} parameters; {curves["epoch"][-1]:g} epochs in {curves["seconds"]:,.0f} s on
+{metrics["env"]["device"]}, {args["precision"]} training steps. {unfinished}
+
+## 1. The bound on train, validation and test
+
+![curves](curves.png)
+
+{bounds_table(metrics["final"])}
+
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z per image, ± one standard
+error over images; of train, as many images as validation has. Curves show the first images of each split. The weights
+are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_text(curves["skipped_steps"])}
+
+Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
+
+{prior_check_text(metrics.get("check_prior_nats"))}
+
+## 2. Samples
+
+![samples](samples.png)
+
+## 3. Interpolations
+
+![interpolations](interpolations.png)
+
+## Reconstructions
+
+![reconstructions](reconstructions.png)
+
 ## Lossy reconstructions
 
 ![lossy](lossy.png)
 
-**The code {used}**: decoded from another image's z, the decoder term rises by {cost:.4f} ± {error:.4f} bits/dim (the
-first 4,000 test images, at most), which is {3072 * cost:,.0f} bits an image. The code of a test image holds
-{sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position of the 8 x 8 grid costs
-{min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the prior. The remedies, in
-training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours, so that z has to hold the
-picture, here {args.blind:g}; and `--free-bits`, bits/dim of KL that are not charged for, here {args.free_bits:g}.
+{code}
 
 ## Ten samples and the training images nearest to them
 
 ![neighbours](neighbours.png)
 
 ## What goes into z, and what the receptive field leaves to it
-{table}"""
+
+{table}
+"""
 
 
-def flags(add: Callable[..., Any]) -> None:
-    """The flags that only this script has."""
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def draw_figures(
+    model: LossyVAE, data_name: str, splits: dict[str, Tensor], args: argparse.Namespace, out: Path,
+    failed: dict[str, str],
+) -> None:  # fmt: skip
+    """Samples, interpolations, reconstructions, three draws of one z, and the training images nearest to samples."""
+    title = f"bonus: receptive field {args.receptive_field}, {args.prior} prior, {data_name}"
+    with attempt("samples.png", failed):
+        samples = model.draw_levels(model.prior.sample(100, fixed_noise("samples")), "pixels")
+        plot_images({"x ~ p(x|z), z ~ p(z)": samples}, 10, f"{title}\n100 samples", out / "samples.png")
+    with attempt("neighbours.png", failed):
+        panels = {"samples": samples[:10], "their nearest training images": nearest(samples[:10], splits["train"])}
+        plot_images(panels, 10, f"Not copies: {title}", out / "neighbours.png", stacked=True)
+    shown = evenly_spaced(splits["test"], 10)
+    with torch.no_grad():
+        codes = model.encoder(bin_centres(shown))[0]
+    with attempt("interpolations.png", failed), torch.no_grad():
+        panels = {"straight in z": between_ends(shown, model.draw_levels(straight_lines(codes), "pixels", same=True))}
+        if args.prior == "flow" and args.latents:
+            z = model.prior.eps_to_z(straight_lines(model.prior.z_to_eps(codes)[0]))
+            in_eps = between_ends(shown, model.draw_levels(z, "pixels", same=True))
+            panels["straight in ε, the flow's noise"] = in_eps
+        name = f"{title}\ninterpolations, true test images at the ends"
+        plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
+    draws = {f"x ~ p(x|z), draw {k} of one z": ("pixels", k) for k in (1, 2, 3)}
+    with attempt("reconstructions.png", failed):
+        panels = {"test images": shown, "x ~ p(x|z)": model.draw_levels(codes, "pixels")}
+        name = f"{title}\ndecoded from the posterior's mean"
+        plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
+    with attempt("lossy.png", failed):
+        panels = {"test images": shown, **{name: model.draw_levels(codes, *key) for name, key in draws.items()}}
+        name = f"Lossy: what z keeps, and what the PixelCNN redraws\n{title}"
+        plot_images(panels, 10, name, out / "lossy.png", stacked=True)
+    with attempt("single samples", failed):
+        for first in range(0, args.samples, 100):
+            z = model.prior.sample(min(100, args.samples - first), fixed_noise("single samples", first))
+            write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ImageParser("bonus", least_latents=0)
+    add = parser.add_argument
     add("--receptive-field", type=number(int, 1, 15), help="rows above, and columns to each side, that a pixel sees")
     add("--prior", choices=tuple(PRIORS), help="of z")
     blind = "weight, in training, of a decoder term without neighbours, so that z is used; bounds are without it"
     add("--blind", type=number(float, 0, 100), help=blind)
     add("--free-bits", type=number(float, 0, 8), help="bits/dim of KL that training does not charge for")
-    add("--table-epochs", type=number(int, 0, 10**9), help="of each row of the receptive-field table; 0: no table")
+    table = "epochs of each row of the receptive-field table (default: a fifth of --epochs); 0: no table"
+    add("--table-epochs", type=number(int, 0, 10**9), help=table)
+    args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
+    trained = load_trained(args, "bonus", SHAPE) if args.evaluate else None
+
+    # 1. Data and model.
+    data = load_images(args)
+    splits = {name: x.to(args.device) for name, x in data.splits.items()}
+    prepare(out, images=True)
+    model = to_device(make_model(args), args, trained)
+
+    # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
+    if trained:
+        curves = trained["curves"]
+    else:
+        curves = fit(
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
+            run={"script": "bonus", "args": settings(args, but=("table_epochs",))},
+        )  # fmt: skip
+
+    # 3. Bounds, written before the figures are drawn.
+    metrics = describe_run("bonus", args, data.describe(), model) | {"curves": curves}
+    metrics["finished"] = trained is None or trained["finished"]
+    metrics["final"] = evaluate_splits(model, splits)
+    write_metrics(out, args, metrics)
+
+    # 4. Figures and checks, each of which may fail without the others.
+    model.eval()
+    failed: dict[str, str] = {}
+    test, bound = splits["test"], metrics["final"]["test"]["neg_elbo_bpd"]
+    with attempt("curves.png", failed):
+        plot_curves(curves, f"bonus, {data.name}: test −ELBO {bound:.3f} bits/dim", out / "curves.png")
+    draw_figures(model, data.name, splits, args, out, failed)
+    with attempt("the check of the prior", failed):
+        metrics["check_prior_nats"] = check_prior(model.prior)
+    with attempt("codecs", failed):
+        metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
+
+    # 5. Experiments: is the code used, and what does the receptive field leave to it?
+    code = "The experiment failed."
+    with attempt("the use of the code", failed):
+        metrics["test_kl_per_position_bits"] = kl_per_position(model, test).tolist()
+        metrics |= cost_of_another_code(model, test[:4000])
+        code = code_text(metrics)
+    table = "Not run: `--table-epochs 0`." if not trained else "Not run, as nothing was trained."
+    table_epochs = -(-args.epochs // 5) if args.table_epochs is None else args.table_epochs
+    metrics["receptive_fields"] = []
+    if table_epochs and not trained:
+        args.table_epochs = table_epochs
+        with attempt("the receptive-field table", failed):
+            metrics["receptive_fields"] = compare_receptive_fields(args, splits, out / "progress")
+            table = table_text(metrics["receptive_fields"])
+        with attempt("receptive_fields.png", failed):
+            plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
+
+    # 6. Report.
+    write_metrics(out, args, metrics | {"failed": failed})
+    write_report(out, report(metrics, code, table), failed)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, out = parse_args("bonus", argv, DEFAULTS, SMOKE, images=True, more=flags)
-    if args.table_epochs is None:
-        args.table_epochs = -(-args.epochs // 5)
-    heading = f"bonus: a lossy VAE, PixelCNN decoder of receptive field {args.receptive_field}, {args.prior} prior"
-    run_images("bonus", args, out, make_model, heading, functools.partial(finish, args))
-
-
-if __name__ == "__main__" and not in_notebook():
+if __name__ == "__main__" and not pasted_into_cell():
     launch(main)

@@ -1,16 +1,15 @@
-"""The shared core of the laboratory: everything that two questions or more use, in the order of the mathematics.
+"""The core that the question scripts share, in the order of the mathematics.
 
-    conventions -> distributions -> bounds and units -> blocks -> masks and flow -> data -> training -> results and
-    plots -> command line
+    conventions -> distributions -> bounds and units -> VAE -> blocks -> masks and flow -> data -> training ->
+    figures and files -> command line
 
-One example is one point [2] or one image [3, 32, 32]; B is the batch. A density, a KL or a log-determinant is [B], in
-nats per example, and the mean over examples is taken once, last. `bits_per_dim` is the only conversion of units.
+One example is one point [2] or one image [3, 32, 32]; B is the batch size. A density, a KL or a log-determinant is [B],
+in nats per example; the mean over examples is taken once, last. `bits_per_dim` is the only conversion of units.
 """
 
 import argparse
 import copy
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -18,22 +17,21 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import textwrap
 import time
+import traceback
 import urllib.error
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-# Read when torch is imported, and so before it: on Apple's mps, an operator that is missing there runs on the CPU, and
-# torch says so in a warning.
+# torch reads this when it is imported: on Apple's mps, an operator that is missing runs on the CPU, with a warning.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import matplotlib
@@ -48,25 +46,6 @@ from tqdm.auto import tqdm
 
 # ---------------------------------------------------------------------------------------------------- conventions
 
-# Bounds of every learned log standard deviation. Reasons: the noise that dequantisation adds to a pixel has, in the
-# model's units, log std log(1 / (128 sqrt 12)) = -6.09, so -7 lets a decoder be sharper than the sharpest truth; the
-# widest thing to model, the long axis of question 1A, has log 5 = 1.61.
-LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0
-PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128 - 1 lies in [-1, 1]
-SPLITS = ("train", "valid", "test")
-SVHN_SIZES = (65_931, 7_326, 26_032)
-IMAGE_DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")  # of question 2
-IMAGE_SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic")
-MODEL_FLAGS = ("latents", "prior", "receptive_field")  # those that shape an image model
-FREE_FLAGS = {  # arguments that --resume may change; what --data holds is compared itself
-    "epochs", "table_epochs", "resume", "out", "data", "data_root", "compare", "evaluate", "seeds", "device", "compile",
-}  # fmt: skip
-KEEP_SECONDS = 300  # between checkpoints within an epoch
-COMPILE_STEPS = 5000  # a training shorter than that does not win back the minute that compiling takes
-MOST_SKIPPED = 10  # steps in a row without a finite gradient, before training stops
-DPI = 130  # of every figure
-CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
-
 
 class Terms(NamedTuple):
     """The two terms of the negative ELBO, each [B], in nats: recon = -log p(x|z) and kl = log q(z|x) - log p(z)."""
@@ -80,79 +59,37 @@ class Terms(NamedTuple):
         return self.recon + self.kl
 
 
-class Noise:
-    """Standard noise for a batch, one call a tensor: fresh from torch's generator, or fixed.
+def draw(
+    kind: Callable[..., Tensor], shape: tuple[int, ...], device: Any, generator: torch.Generator | None = None
+) -> Tensor:
+    """Noise of the given shape [B, ...] on the device; kind is torch.randn or torch.rand.
 
-    With `examples` (int64 [B], each example's place in its split) the noise is a pure function of seed, place, call and
-    element, so that an evaluation does not depend on its batches, and on the device by rounding only. The function is
-    the output mixer of SplitMix64 (Steele, Lea & Flood 2014, OOPSLA), applied to a counter.
+    With a generator, which lives on the CPU, the noise is the same on every device. Without one, in training, it comes
+    from the device's global generator; of several processes each draws for the whole batch and keeps its share.
     """
-
-    def __init__(self, batch: int, device: torch.device, seed: int = 0, examples: Tensor | None = None):
-        self.batch, self.device, self.seed, self.examples, self.calls = batch, device, seed, examples, 0
-
-    @classmethod
-    def fixed(cls, examples: Tensor, seed: int) -> "Noise":
-        """The noise that belongs to these examples of a set, whatever batch they come in."""
-        return cls(len(examples), examples.device, seed, examples)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """u ~ U[0, 1), [B, *shape]."""
-        if self.examples is None:  # of several processes, each draws for all and keeps its own
-            rank, world = processes()
-            return torch.rand(self.batch * world, *shape, device=self.device)[rank::world]
-        return self._bits(shape).float() / 2**24
-
-    def normal(self, *shape: int) -> Tensor:
-        """eps ~ N(0, 1), [B, *shape]; where fixed, the inverse normal CDF of a uniform, so at most 5.4 in size."""
-        if self.examples is None:
-            rank, world = processes()
-            return torch.randn(self.batch * world, *shape, device=self.device)[rank::world]
-        bits = self._bits(shape)
-        bits = bits.cpu() if self.device.type == "mps" else bits  # which has neither float64 nor ndtri
-        return torch.special.ndtri((bits.double() + 0.5) / 2**24).float().to(self.device)
-
-    def _bits(self, shape: tuple[int, ...]) -> Tensor:
-        """24 random bits an element, int64 [B, *shape]: a hash of seed, then call, then example, then element."""
-        assert self.examples is not None
-        self.calls += 1
-        x = _mix(_mix(_mix(torch.tensor(self.seed, device=self.device)) + self.calls) + self.examples.to(torch.int64))
-        x = _mix(x[:, None] + torch.arange(math.prod(shape), device=self.device))  # (B, elements)
-        return ((x >> 40) & 0xFFFFFF).reshape(self.batch, *shape)
+    if generator is not None:
+        return kind(shape, generator=generator).to(device)
+    rank, world = rank_and_world()
+    return kind((shape[0] * world, *shape[1:]), device=device)[rank::world]
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's output function on int64 (multiplication wraps; the shifts are made logical by a mask)."""
-    x = (x + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+def seed_of(*key: str | int) -> int:
+    """One 32-bit seed from words and numbers, such as ("evaluation", seed, batch): numpy's SeedSequence mixes them."""
+    numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def processes() -> tuple[int, int]:
-    """This process's rank and the number of processes: 0 of 1, unless torchrun started several.
-
-    All run the same program on the same random numbers. In training each takes every world-th example of a batch, in
-    an evaluation of the set; and rank 0 alone writes and prints.
-    """
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def barrier() -> None:
-    """Wait until all processes are here."""
-    if processes()[1] > 1:
-        dist.barrier()
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum of x over processes, without a gradient."""
-    x = x.detach().clone()
-    if processes()[1] > 1:
-        dist.all_reduce(x)
-    return x
+def fixed_noise(*key: str | int) -> torch.Generator:
+    """A CPU generator for the noise that belongs to the key: the same in every run and on every device."""
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 # -------------------------------------------------------------------------------------------------- distributions
+
+# Bounds of every learned log standard deviation. Reasons: the noise that dequantisation adds to a pixel has, in the
+# model's units, log std log(1 / (128 sqrt 12)) = -6.09, so -7 lets a decoder be sharper than the sharpest truth; the
+# widest thing to model, the long axis of question 1A, has log 5 = 1.61.
+LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0
 
 
 def sum_dims(x: Tensor) -> Tensor:
@@ -161,7 +98,7 @@ def sum_dims(x: Tensor) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x, widened to float32 where autocast left it in a 16-bit type: no density is computed in less."""
+    """x, widened to float32 if autocast left it in a 16-bit type: no density is computed in less."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -169,7 +106,7 @@ def bounded_log_std(raw: Tensor) -> Tensor:
     """A smooth, increasing map of the reals onto (-7, 3) with f(0) = 0 and f'(0) = 1; elementwise.
 
     Each half is a scaled tanh, b tanh(raw / b) with b the bound on its side. (The handout's plain tanh bounds a log
-    std by -1 and 1. For pixels in [-1, 1] that is a std of 47 grey levels or more: 6.9 bits/dim with a perfect mean.)
+    std by -1 and 1. For pixels in [-1, 1] that is a std of 47 grey levels or more: 6.88 bits/dim with a perfect mean.)
     """
     high, low = LOG_STD_HIGH * torch.tanh(raw / LOG_STD_HIGH), LOG_STD_LOW * torch.tanh(raw / LOG_STD_LOW)
     return torch.where(raw > 0, high, low)
@@ -189,36 +126,50 @@ def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
     return sum_dims(normal_log_density(x, mu, log_std))
 
 
-class StandardNormal(nn.Module):
-    """The prior p(z) = N(0, I) over latents of a given shape, and the base of priors that transport it: z = f(eps)."""
+class Prior(nn.Module):
+    """p(z) as the distribution of z = f(eps) with eps ~ N(0, I), for an invertible f. A subclass defines
+
+    eps_to_z: f, eps [B, *latent_shape] -> z of that shape;
+    z_to_eps: its inverse, z -> eps, log |det d eps / d z| [B], nats;
+    mean_and_log_std: of each p(z_i | z_<i), which is normal, z -> two tensors that broadcast to z.
+    """
+
+    zeros: Tensor
+    eps_to_z: Callable[..., Tensor]
+    z_to_eps: Callable[..., tuple[Tensor, Tensor]]
+    mean_and_log_std: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, latent_shape: tuple[int, ...]):
         super().__init__()
         self.latent_shape = latent_shape
+        self.register_buffer("zeros", torch.zeros(latent_shape), persistent=False)  # mean and log std of eps
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) = log N(eps; 0, I) + log |det d eps / d z|. z [B, *latent_shape] -> [B], nats."""
         eps, log_det = self.z_to_eps(z)
-        return normal_log_prob(eps, torch.zeros_like(eps), torch.zeros_like(eps)) + log_det
+        return normal_log_prob(eps, self.zeros, self.zeros) + log_det
 
-    def shift_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log std of each z_i given the positions before it; here 0 and 0. Two of z's shape."""
-        return torch.zeros_like(z), torch.zeros_like(z)
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """z ~ p(z), [n, *latent_shape]."""
+        return self.eps_to_z(draw(torch.randn, (n, *self.latent_shape), self.zeros.device, generator))
+
+
+class StandardNormal(Prior):
+    """p(z) = N(0, I): f is the identity."""
 
     def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Here the identity: eps [B, *latent_shape], and its log |det d eps / d z| = 0, [B]."""
         return z, z.new_zeros(len(z))
 
     def eps_to_z(self, eps: Tensor) -> Tensor:
-        """Here the identity. [B, *latent_shape] -> the same."""
         return eps
 
-    def sample(self, noise: Noise) -> Tensor:
-        """z ~ p(z), [B, *latent_shape]."""
-        return self.eps_to_z(noise.normal(*self.latent_shape))
+    def mean_and_log_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.zeros, self.zeros
 
 
 # ----------------------------------------------------------------------------------------------- bounds and units
+
+PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128 - 1 lies in [-1, 1]
 
 
 def bits_per_dim(nats: Any, num_dims: int) -> Any:
@@ -235,9 +186,14 @@ def iwae(log_w: Tensor) -> Tensor:
     return torch.logsumexp(log_w, 0) - math.log(len(log_w))
 
 
-def dequantise(levels: Tensor, u: Tensor) -> Tensor:
+def dequantise(levels: Tensor, u: Tensor | float) -> Tensor:
     """x = (levels + u) / 128 - 1: integers 0..255 and u ~ U[0, 1), same shape, to continuous x in [-1, 1]."""
     return (levels + u) / PIXEL_SCALE - 1
+
+
+def bin_centres(levels: Tensor) -> Tensor:
+    """`dequantise` with u = 1/2: each level at the centre of its bin."""
+    return dequantise(levels.float(), 0.5)
 
 
 def quantise(x: Tensor) -> Tensor:
@@ -245,80 +201,107 @@ def quantise(x: Tensor) -> Tensor:
     return ((x + 1) * PIXEL_SCALE).floor().clamp(0, 255).to(torch.uint8)
 
 
-def levels_log_prob(log_p_x: Tensor, num_dims: int) -> Tensor:
-    """A density of x, turned into a lower bound on the log-probability of the integer levels. [B], nats -> [B], nats.
+def density_to_levels(log_p_x: Tensor, num_dims: int) -> Tensor:
+    """From a log density of x to a lower bound on the log-probability of the integer levels. [B] -> [B], nats.
 
-    With v = levels + u = 128 (x + 1), p(v) = p(x) / 128 a dimension, so log p(v) = log p(x) - num_dims ln 128; and
+    With v = levels + u = 128 (x + 1), p(v) = p(x) / 128 per dimension, so log p(v) = log p(x) - num_dims ln 128; and
     E_u log p(v) <= log P(levels) by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1).
     """
     return log_p_x - num_dims * math.log(PIXEL_SCALE)
 
 
-class VAE(nn.Module):
-    """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)), and p(z), an object that can be swapped.
+def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
+    """Means over examples in bits/dim of -ELBO, KL and decoder term, and the standard errors of the first two."""
+    neg_elbo, kl = bits_per_dim(terms.neg_elbo, num_dims), bits_per_dim(terms.kl, num_dims)
+    return {
+        "neg_elbo_bpd": neg_elbo.mean().item(),
+        "neg_elbo_se_bpd": standard_error(neg_elbo),
+        "kl_bpd": kl.mean().item(),
+        "kl_se_bpd": standard_error(kl),
+        "recon_bpd": bits_per_dim(terms.recon.mean().item(), num_dims),
+    }
 
-    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x; prior: `log_prob` and `sample`.
-    Kingma & Welling 2014 (arXiv:1312.6114).
+
+def standard_error(x: Tensor) -> float:
+    """Of the mean of x [N], N independent values."""
+    return x.std().item() / math.sqrt(len(x))
+
+
+# ------------------------------------------------------------------------------------------------------------ VAE
+
+
+class VAE(nn.Module):
+    """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)) and p(z), a `Prior` that can be swapped.
+
+    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. Kingma & Welling 2014 (arXiv:1312.6114).
+    A subclass for other data or another decoder replaces `to_x` and `log_p_x`.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: StandardNormal):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior):
         super().__init__()
         self.encoder, self.decoder, self.prior = encoder, decoder, prior
 
-    def forward(self, x: Tensor, noise: Noise) -> Terms:
-        """One sample of both terms, z = mu + std eps. x [B, ...] -> Terms of [B], nats.
+    def forward(self, data: Tensor, generator: torch.Generator | None = None) -> Terms:
+        """Both terms of the negative ELBO from one sample of z. data [B, ...] -> Terms of [B], nats."""
+        x = self.to_x(data, generator)
+        z, mu, log_std = self.posterior(x, generator)
+        return Terms(recon=-self.log_p_x(x, z), kl=self.kl(z, mu, log_std))
 
-        The KL is log q(z|x) - log p(z) at that same z, for every prior. Where q(z|x) is the true posterior, recon + kl
-        is then -log p(x) exactly, whatever the noise; and as log q(z|x) is differentiated through z alone (its other
-        derivative has mean zero), the encoder's gradient has no noise there either (Roeder et al. 2017,
-        arXiv:1703.09194).
-        """
-        z, mu, log_std = self.posterior(x, noise)
-        kl = normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
-        return Terms(recon=-self.log_p_x(x, z), kl=kl)
+    def to_x(self, data: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What encoder and decoder work on; here the data as they are. [B, ...] -> [B, ...]."""
+        return data
 
-    def posterior(self, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
-        """z ~ q(z|x), and q's mean and log std, each [B, *latent_shape]."""
+    def posterior(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """z = mu + std eps ~ q(z|x), and q's mean and log std, each [B, *latent_shape]."""
         mu, log_std = self.encoder(x)
-        return mu + torch.exp(log_std) * noise.normal(*self.prior.latent_shape), mu, log_std
+        return mu + torch.exp(log_std) * draw(torch.randn, tuple(mu.shape), mu.device, generator), mu, log_std
+
+    def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
+        """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
+
+        If q(z|x) is the true posterior, recon + kl is -log p(x) exactly, whatever the noise. log q(z|x) is
+        differentiated through z alone (its other derivative has mean zero): then the encoder's gradient has no noise at
+        that point either (Roeder et al. 2017, arXiv:1703.09194).
+        """
+        return normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z), here of a normal. x [B, ...], z [B, *latent_shape] -> [B], nats."""
         return normal_log_prob(x, *self.decoder(z))
 
-    def sample(self, noise: Noise) -> tuple[Tensor, Tensor]:
-        """z ~ p(z) -> (x ~ p(x|z), the decoder's mean mu(z)), each [B, ...], from the same z."""
-        mu, log_std = self.decoder(self.prior.sample(noise))
-        return mu + torch.exp(log_std) * noise.normal(*mu.shape[1:]), mu
+    def loss(self, data: Tensor, kl_weight: float = 1.0) -> Tensor:
+        """What training minimises: mean of recon + kl_weight kl, bits/dim, []. Every reported bound has weight 1."""
+        recon, kl = self(data)
+        return bits_per_dim((recon + kl_weight * kl).mean(), data[0].numel())
+
+    def decode(self, z: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """x ~ p(x|z) and the decoder's mean mu(z), each [B, ...]."""
+        mu, log_std = self.decoder(z)
+        return mu + torch.exp(log_std) * draw(torch.randn, tuple(mu.shape), mu.device, generator), mu
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """z ~ p(z), decoded: x ~ p(x|z) and mu(z) at the same z, each [n, ...]."""
+        return self.decode(self.prior.sample(n, generator), generator)
 
 
 class ImageVAE(VAE):
-    """The VAE of question 2: 8-bit images in, dequantised with the noise, and a bound on their log-probability out."""
+    """The VAE of question 2: 8-bit images, dequantised; recon + kl bounds -log P(levels) from above.
 
-    def __init__(self, latent_channels: int, make_prior: Callable[[tuple[int, ...]], StandardNormal]):
+    levels uint8 [B, 3, 32, 32]; z [B, C, 8, 8] with C = latent_channels. The prior is made last, so that 2a and 2b
+    start from the same encoder and decoder.
+    """
+
+    def __init__(self, latent_channels: int, prior: Callable[[tuple[int, ...]], Prior]):
         encoder, decoder = ConvEncoder(latent_channels), ConvDecoder(latent_channels)
-        with torch.random.fork_rng(devices=[]):  # whatever the prior draws: the same networks, batches and noise
-            prior = make_prior((latent_channels, 8, 8))
-        super().__init__(encoder, decoder, prior)
+        super().__init__(encoder, decoder, prior((latent_channels, 8, 8)))
 
-    def forward(self, levels: Tensor, noise: Noise) -> Terms:
-        """levels uint8 [B, 3, 32, 32] -> Terms of [B], nats, whose sum bounds -log P(levels) from above."""
-        recon, kl = super().forward(self.to_x(levels, noise), noise)
-        return Terms(-levels_log_prob(-recon, levels[0].numel()), kl)
+    def to_x(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x = (levels + u) / 128 - 1 with u ~ U[0, 1). uint8 [B, 3, 32, 32] -> float of that shape."""
+        return dequantise(levels, draw(torch.rand, tuple(levels.shape), levels.device, generator))
 
-    def to_x(self, levels: Tensor, noise: Noise) -> Tensor:
-        """What the encoder sees: dequantised pixels. uint8 [B, 3, 32, 32] -> the same in [-1, 1]."""
-        return dequantise(levels, noise.uniform(*levels.shape[1:]))
-
-    def to_z(self, levels: Tensor) -> Tensor:
-        """The posterior mean mu(x), each pixel at the centre of its bin. uint8 [B, 3, 32, 32] -> [B, C, 8, 8]."""
-        return self.encoder(dequantise(levels, torch.full_like(levels, 0.5, dtype=torch.float32)))[0]
-
-    def to_images(self, z: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """Pictures of z, [B, C, 8, 8], by title: uint8 [B, 3, 32, 32] each."""
-        mu, log_std = self.decoder(z)
-        drawn = quantise(mu + torch.exp(log_std) * noise.normal(*mu.shape[1:]))
-        return {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": drawn}
+    def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
+        """The normal's log density at x, as a bound on the levels' log-probability (`density_to_levels`). [B], nats."""
+        return density_to_levels(super().log_p_x(x, z), x[0].numel())
 
 
 # --------------------------------------------------------------------------------------------------------- blocks
@@ -329,7 +312,9 @@ class GaussianMLP(nn.Module):
 
     def __init__(self, hidden: tuple[int, ...], activation: Callable[[], nn.Module], num_log_stds: int = 2):
         super().__init__()
-        layers = [m for a, b in itertools.pairwise((2, *hidden)) for m in (nn.Linear(a, b), activation())]
+        layers: list[nn.Module] = []
+        for width_in, width_out in itertools.pairwise((2, *hidden)):
+            layers += [nn.Linear(width_in, width_out), activation()]
         self.net = nn.Sequential(*layers, nn.Linear(hidden[-1], 2 + num_log_stds))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,10 +346,10 @@ def residual_stack(width: int) -> nn.Sequential:
 
 
 class ConvEncoder(nn.Module):
-    """q(z|x): the handout's convolutions, and a linear 1x1 head, as the stack ends in a relu and a mean has a sign.
+    """q(z|x): the handout's convolutions, then a linear 1x1 head, as the stack ends in a relu and a mean has a sign.
 
-    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: a code that can be heard from the first
-    step on teaches the decoder sooner than one that starts as the prior's noise.
+    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: a posterior that starts narrow, so that
+    the decoder learns to use z early.
     """
 
     def __init__(self, latent_channels: int):
@@ -405,70 +390,48 @@ class ConvDecoder(nn.Module):
 # ------------------------------------------------------------------------------------------------- masks and flow
 
 
+def num_taps(mask_type: str, size: int) -> int:
+    """How many weights of a size x size kernel a causal mask leaves: the first ones in raster order."""
+    if mask_type not in ("A", "B"):
+        raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
+    return size * size // 2 + (mask_type == "B")
+
+
 def causal_mask(mask_type: str, size: int) -> Tensor:
     """PixelCNN's mask (van den Oord et al. 2016, arXiv:1601.06759), [size, size]: 1 where a weight may stay.
 
     In raster order a position sees the rows above and what is to its left; "B" sees itself too, "A" does not.
     """
-    if mask_type not in ("A", "B"):
-        raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
-    mask, centre = torch.zeros(size, size), size // 2
-    mask[:centre] = 1
-    mask[centre, : centre + (mask_type == "B")] = 1
-    return mask
+    mask = torch.zeros(size * size)
+    mask[: num_taps(mask_type, size)] = 1
+    return mask.view(size, size)
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A 'same' convolution of odd size that sees only earlier positions; every input channel of a position alike.
-
-    differences: each channel's taps are made to sum to 0, so that only differences between positions are seen.
-    """
+    """A 'same' convolution of odd size that sees only earlier positions; every input channel of a position alike."""
 
     mask: Tensor
 
-    def __init__(self, mask_type: str, in_channels: int, out_channels: int, size: int, differences: bool = False):
+    def __init__(self, mask_type: str, in_channels: int, out_channels: int, size: int):
         super().__init__(in_channels, out_channels, size, padding=size // 2)
         self.register_buffer("mask", causal_mask(mask_type, size))
-        self.differences = differences
+        self.num_taps = num_taps(mask_type, size)
 
     def kernel(self) -> Tensor:
         """The weights in effect, [out_channels, in_channels, size, size]."""
-        kernel = self.weight * self.mask
-        return kernel - self.mask * (kernel.sum((2, 3), keepdim=True) / self.mask.sum()) if self.differences else kernel
+        return self.weight * self.mask
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.kernel(), self.bias)
 
     def at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """`forward(x)` at P positions only: x [B, C, H, W], rows and columns int64 [P] -> [B, out_channels, P, 1]."""
-        half = self.mask.shape[0] // 2
-        i, j = self.mask.nonzero().T  # the T taps that the mask lets through
+        size, half = self.kernel_size[0], self.kernel_size[0] // 2
+        taps = torch.arange(self.num_taps, device=x.device)
+        i, j = taps // size, taps % size  # each [T]
         seen = F.pad(x, (half, half, half, half))[:, :, rows[:, None] + i, columns[:, None] + j]  # (B, C, P, T)
         out = torch.einsum("bcpt,oct->bop", seen, self.kernel()[:, :, i, j])
         return (out if self.bias is None else out + self.bias[:, None])[..., None]
-
-
-def wavefront_slope(net: nn.Module) -> int:
-    """The least integer k such that j + k i is smaller at every position that (i, j) sees through net's masked layers.
-
-    A tap d rows up and e columns to the right asks for e - k d < 0. Taps to the left in the same row ask for nothing;
-    and the offsets of stacked layers add up, so what holds for each layer holds for the net.
-    """
-    masks = [m.mask for m in net.modules() if isinstance(m, MaskedConv2d)]
-    taps = [(mask.nonzero() - mask.shape[0] // 2).tolist() for mask in masks]
-    return max([1, *(e // -d + 1 for layer in taps for d, e in layer if d < 0)])
-
-
-def wavefronts(height: int, width: int, slope: int) -> list[tuple[Tensor, Tensor]]:
-    """The positions of a grid in groups of equal j + slope i, in that order: rows and columns, each int64 [P].
-
-    With the slope of `wavefront_slope`, no position of a group sees another, so a group is sampled at once: 22 groups
-    in place of 64 steps on 8 x 8. With slope = width every group is one position: raster order.
-    """
-    i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    order = (j + slope * i).flatten()
-    groups = [(order == k).nonzero()[:, 0] for k in order.unique()]
-    return [(group // width, group % width) for group in groups]
 
 
 class MaskedResidual(nn.Module):
@@ -482,7 +445,7 @@ class MaskedResidual(nn.Module):
         return x + self.conv(F.relu(x))
 
 
-class FlowPrior(StandardNormal):
+class FlowPrior(Prior):
     """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i.
 
     i runs over the positions in raster order; all channels of a position move at once. s and t come from a shallow
@@ -500,7 +463,7 @@ class FlowPrior(StandardNormal):
         for parameter in self.net[-1].parameters():
             nn.init.zeros_(parameter)
 
-    def shift_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def mean_and_log_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """t and s at every position, from the positions before it. z [B, C, H, W] -> two of [B, C, H, W]."""
         t, raw = at_least_fp32(self.net(z)).chunk(2, 1)
         return t, bounded_log_std(raw)
@@ -510,36 +473,83 @@ class FlowPrior(StandardNormal):
 
         z [B, C, H, W] -> eps [B, C, H, W], log_det [B], nats. The Jacobian is triangular in raster order.
         """
-        t, s = self.shift_and_scale(z)
+        t, s = self.mean_and_log_std(z)
         return (z - t) * torch.exp(-s), -sum_dims(s)
 
     @torch.no_grad()
     def eps_to_z(self, eps: Tensor, slope: int | None = None) -> Tensor:
-        """The inverse of `z_to_eps`, one anti-diagonal after the other (see `wavefronts`). [B, C, H, W] -> the same.
+        """The inverse of `z_to_eps`, position by position. eps [B, C, H, W] -> z of that shape.
 
-        Each layer runs at the new positions only and keeps its input for the next ones, so that the whole costs about
-        one pass. In float64, so that the order of the sums cannot be seen: any valid slope gives the same z.
+        Raster order would take one step per position; positions that cannot see each other are drawn together (see
+        `wavefronts`). A layer runs at the new positions only, and its input is kept for the later ones: the whole costs
+        about one pass. In float64, so that the order of summation hardly matters.
         """
-        first, *residuals, relu, last = exact(self.net)
-        z = torch.zeros_like(eps, dtype=torch.float64, device=first.weight.device)
+        first, *residuals, relu, last = float64_copy(self.net)
+        eps64 = to_float64(eps)
+        z = torch.zeros_like(eps64)
         inputs = [z.new_zeros(len(z), first.out_channels, *z.shape[2:]) for _ in residuals]
-        for i, j in wavefronts(z.shape[2], z.shape[3], slope or wavefront_slope(self.net)):
+        for i, j in wavefronts(z.shape[2], z.shape[3], slope or wavefront_slope(self.net), z.device):
             h = first.at(z, i, j)  # (B, width, P, 1)
             for layer, x in zip(residuals, inputs, strict=True):
                 x[:, :, i, j] = F.relu(h[..., 0])
                 h = h + layer.conv.at(x, i, j)
             t, raw = last(relu(h))[..., 0].chunk(2, 1)  # each (B, C, P)
-            z[:, :, i, j] = t + torch.exp(bounded_log_std(raw)) * eps.to(z)[:, :, i, j]
-        return z.to(eps)
+            z[:, :, i, j] = t + torch.exp(bounded_log_std(raw)) * eps64[:, :, i, j]
+        return z.to(eps.dtype).to(eps.device)
 
 
-def exact(net: Any) -> Any:
-    """A copy of a network in float64; on the CPU where the device has no float64."""
+def wavefront_slope(net: nn.Module) -> int:
+    """The least integer k such that j + k i is smaller at every position that (i, j) sees through net's masked layers.
+
+    The tap that asks for most is one row up and half a kernel to the right: half - k < 0. The offsets of stacked layers
+    add up, so what holds for each layer holds for the net.
+    """
+    return 1 + max(m.kernel_size[0] // 2 for m in net.modules() if isinstance(m, MaskedConv2d))
+
+
+def wavefronts(height: int, width: int, slope: int, device: Any = "cpu") -> list[tuple[Tensor, ...]]:
+    """The positions of a grid in groups of equal j + slope i, in that order: rows and columns, each int64 [P].
+
+    With the slope of `wavefront_slope`, no position of a group sees another, so a group is sampled at once: 22 groups
+    in place of 64 steps on 8 x 8. With slope = width every group is one position: raster order.
+    """
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for i, j in itertools.product(range(height), range(width)):
+        groups.setdefault(j + slope * i, []).append((i, j))
+    return [torch.tensor(groups[k], device=device).unbind(1) for k in sorted(groups)]
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """x in float64; on the CPU if the device has no float64 (mps), and moved before it is widened."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def float64_copy(net: Any) -> Any:
+    """A copy of a network in float64; on the CPU if the device has no float64 (mps)."""
     net = copy.deepcopy(net)
     return (net.cpu() if any(p.device.type == "mps" for p in net.parameters()) else net).double()
 
 
+def check_prior(prior: Prior) -> float:
+    """How far log_prob is from log N(eps; 0, I) + log |det d eps / d z| at a z that the prior drew; nats, about 0.
+
+    Computed by other means: torch.distributions and autograd's Jacobian, in float64. A log-determinant that was
+    dropped, or a prior of the wrong variance, cannot pass.
+    """
+    prior = float64_copy(prior)
+    z = to_float64(prior.sample(1, fixed_noise("check")))
+    if not z.numel():
+        return 0.0
+    jacobian = torch.func.jacrev(lambda z: prior.z_to_eps(z)[0], chunk_size=256)(z).reshape(z.numel(), z.numel())
+    eps = prior.z_to_eps(z)[0]
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(eps).sum() + torch.linalg.slogdet(jacobian)[1]
+    return (prior.log_prob(z) - expected).abs().item()
+
+
 # ----------------------------------------------------------------------------------------------------------- data
+
+SPLITS = ("train", "valid", "test")
+SVHN_SIZES = (65_931, 7_326, 26_032)
 
 
 class Data(NamedTuple):
@@ -549,11 +559,16 @@ class Data(NamedTuple):
     splits: dict[str, Tensor]
 
     def describe(self) -> dict[str, Any]:
-        """Name, sizes and a SHA-256 over the bytes of the three splits, for metrics.json."""
-        digest = hashlib.sha256()
-        for x in self.splits.values():
-            digest.update(x.contiguous().numpy().tobytes())
-        return {"name": self.name, **{k: len(x) for k, x in self.splits.items()}, "sha256": digest.hexdigest()}
+        """Name, sizes and hash, for metrics.json."""
+        return {"name": self.name, **{k: len(x) for k, x in self.splits.items()}, "sha256": sha256_of(self.splits)}
+
+
+def sha256_of(splits: dict[str, Tensor]) -> str:
+    """SHA-256 over the bytes of the splits, in their order."""
+    digest = hashlib.sha256()
+    for x in splits.values():
+        digest.update(x.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def split_points(name: str, points: np.ndarray) -> Data:
@@ -569,9 +584,7 @@ def load_images(args: argparse.Namespace) -> Data:
     if args.data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(args.data_root))
     elif args.data == "synthetic":
-        sizes = limited or SVHN_SIZES
-        arrays = load_synthetic(Path(args.data_root), sizes, cache=args.limit is None)
-        name = "synthetic (a stand-in for SVHN)"
+        name, arrays = "synthetic (a stand-in for SVHN)", load_synthetic(Path(args.data_root), limited or SVHN_SIZES)
     else:
         name, arrays = Path(args.data).name, load_npz(Path(args.data), args.seed, only_test=args.evaluate is not None)
     if limited:
@@ -588,8 +601,9 @@ def load_svhn(root: Path) -> list[np.ndarray]:
     """
     from torchvision.datasets import SVHN  # here, as torchvision takes two seconds, which question 1 can do without
 
-    if processes()[0]:  # rank 0 downloads for all
-        barrier()
+    rank, world = rank_and_world()
+    if rank:  # rank 0 downloads for all
+        dist.barrier()
     try:
         train, test = (SVHN(str(root), split, download=True).data.transpose(0, 2, 3, 1) for split in ("train", "test"))
     except (OSError, RuntimeError, ValueError, urllib.error.URLError) as error:
@@ -597,8 +611,8 @@ def load_svhn(root: Path) -> list[np.ndarray]:
             f"no usable SVHN in {root} ({error}): put the official train_32x32.mat and test_32x32.mat there, or delete "
             "broken copies and go online; --data synthetic needs no download"
         )
-    if not processes()[0]:
-        barrier()
+    if rank == 0 and world > 1:
+        dist.barrier()
     order = np.random.RandomState(0).permutation(len(train))
     train, valid = np.split(train[order], [len(train) - round(len(train) / 10)])
     return [train, valid, test]
@@ -632,24 +646,11 @@ def load_npz(path: Path, seed: int, only_test: bool = False) -> list[np.ndarray]
     return splits
 
 
-def load_synthetic(root: Path, sizes: tuple[int, ...], cache: bool = True) -> list[np.ndarray]:
-    """The synthetic stand-in for SVHN, three uint8 [N, 32, 32, 3]; with `cache`, made once and kept under root."""
-    path = root / "synthetic_v1.npz"
-    if cache and path.exists():
-        return load_npz(path, 0)
-    print(f"making {sum(sizes):,} synthetic images" + (f", kept in {path}" if cache else ""), flush=True)
-    splits = np.split(synthetic_images(sum(sizes)), np.cumsum(sizes)[:-1])
-    if cache:
-        make_folder(root)
-        write_whole(path, lambda file: np.savez(file, train=splits[0], valid=splits[1], test=splits[2]))
-    return splits
+CODECS = ("PNG", "WebP")
 
 
 def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
-    """What a lossless codec of Pillow's ("PNG", "WebP") makes of images, uint8 [N, 3, 32, 32]: the mean file, bits/dim.
-
-    A yardstick for bounds on the same images, headers and all; and lossless, or an error.
-    """
+    """What a lossless codec of Pillow's makes of uint8 [N, 3, 32, 32]: the mean file, headers and all, bits/dim."""
     num_bytes = 0
     for x in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -658,6 +659,55 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
         if not np.array_equal(np.asarray(Image.open(file).convert("RGB")), x):
             raise ValueError(f"{codec} did not give back the image")
     return 8 * num_bytes / images.numel()
+
+
+# Synthetic images: a stand-in for SVHN that needs no download, drawn by a known law: scene (font, digits, pose,
+# colours, light, blur, amount of noise), picture, noise, rounding. Given the scene, log P(levels) is known.
+
+SYNTHETIC_BATCH = 1024  # images of the stream that are drawn together: part of what a seed means
+
+
+def load_synthetic(root: Path, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Synthetic splits, three uint8 [N, 32, 32, 3] in the order of the stream; the whole set is kept under root."""
+    path, whole = root / "synthetic_v1.npz", sizes == SVHN_SIZES
+    if whole and path.exists():
+        return load_npz(path, 0)
+    print(f"making {sum(sizes):,} synthetic images" + (f", kept in {path}" if whole else ""), flush=True)
+    images = np.concatenate([batch for batch, _, _ in synthetic_batches(0, sum(sizes))])
+    splits = np.split(images, np.cumsum(sizes)[:-1])
+    if whole:
+        make_folder(root)
+        write_whole(path, lambda file: np.savez(file, train=splits[0], valid=splits[1], test=splits[2]))
+    return splits
+
+
+def synthetic_batches(start: int, stop: int, seed: int = 0) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Images start..stop-1 of the stream that belongs to the seed, in batches: uint8 [n, 32, 32, 3], and of each its
+
+    picture before the noise [n, 3, 32, 32] and amount of noise [n], grey levels. What comes before is drawn, not made.
+    """
+    generator, atlas = torch.Generator().manual_seed(seed), digit_atlas()
+    for first in range(0, stop, SYNTHETIC_BATCH):
+        scene = draw_scenes(SYNTHETIC_BATCH, generator)
+        common, own = (torch.randn(SYNTHETIC_BATCH, c, 32, 32, generator=generator) for c in (1, 3))
+        wanted = slice(max(0, start - first), stop - first)
+        if start < first + SYNTHETIC_BATCH:
+            picture, amount = render(scene, atlas), torch.exp(math.log(1.8) + 0.5 * scene["z_amount"])
+            # Most of the noise is common to the three colours, a little is each colour's own.
+            image = picture + amount[:, None, None, None] * (common + 0.25 * own)
+            levels = image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            yield levels[wanted], picture[wanted], amount[wanted]
+
+
+def draw_scenes(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The random numbers behind n scenes, each [n] or [n, k]: u_* from U[0, 1), z_* from N(0, 1), all independent."""
+    kinds = {"u": torch.rand, "z": torch.randn}
+    shapes: dict[str, tuple[int, ...]] = {  # in this order: it is part of what a seed means
+        "u_font": (), "u_digits": (3,), "u_scale": (), "u_aspect": (), "z_slant": (), "z_tilt": (), "z_centre": (2,),
+        "u_step": (), "u_left": (), "u_right": (), "z_wall": (1,), "z_wall_tint": (3,), "z_sign": (1,),
+        "u_contrast": (1,), "z_ink_tint": (3,), "z_light_x": (), "z_light_y": (), "u_blur": (1,), "z_amount": (),
+    }  # fmt: skip
+    return {name: kinds[name[0]](n, *shape, generator=generator) for name, shape in shapes.items()}
 
 
 def digit_atlas(size: int = 64) -> Tensor:
@@ -673,151 +723,99 @@ def digit_atlas(size: int = 64) -> Tensor:
     return torch.from_numpy(np.stack(atlas)).reshape(-1, 10, size, size)
 
 
-def synthetic_images(n: int, seed: int = 0) -> np.ndarray:
-    """The first n of a stream of synthetic house-number crops, uint8 [n, 32, 32, 3], set by the seed."""
-    generator, atlas = torch.Generator().manual_seed(seed), digit_atlas()
-    return np.concatenate([_synthetic_batch(1024, atlas, generator) for _ in range(0, n, 1024)])[:n]
+def render(scene: dict[str, Tensor], atlas: Tensor) -> Tensor:
+    """The picture before its noise, [n, 3, 32, 32], grey levels, not clamped: a digit and parts of its neighbours."""
+    n = len(scene["u_font"])
 
-
-def _synthetic_batch(n: int, atlas: Tensor, generator: torch.Generator) -> np.ndarray:
-    """A centre digit and parts of its neighbours: placed, coloured, lit, blurred, and with a camera's noise."""
-
-    def rand(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(n, *shape, generator=generator)
+    def between(low: float, high: float, name: str) -> Tensor:
+        return low + (high - low) * scene[name]
 
     # Place: a digit k steps to the right is the same affine picture, moved; all digits of a number share font and pose.
-    font, digits = rand(0, len(atlas)).long(), rand(0, 10, 3).long()
-    scale, aspect, slant, tilt = rand(0.8, 1.35), rand(0.75, 1.3), 0.12 * randn(), 0.08 * randn()
-    centre, step = 0.06 * randn(2), rand(0.95, 1.5) * scale * aspect * 0.62
+    font, digits = between(0, len(atlas), "u_font").long(), between(0, 10, "u_digits").long()
+    scale, aspect = between(0.8, 1.35, "u_scale"), between(0.75, 1.3, "u_aspect")
+    slant, tilt, centre = 0.12 * scene["z_slant"], 0.08 * scene["z_tilt"], 0.06 * scene["z_centre"]
+    step = between(0.95, 1.5, "u_step") * scale * aspect * 0.62
+    present = {-1: scene["u_left"] < 0.75, 0: torch.ones(n, dtype=torch.bool), 1: scene["u_right"] < 0.75}
     cover = torch.zeros(n, 1, 32, 32)
     for k in (-1, 0, 1):
         x_row = torch.stack([1 / (scale * aspect), slant, -(centre[:, 0] + k * step) / (scale * aspect)], 1)
         y_row = torch.stack([tilt, 1 / scale, -(centre[:, 1] - k * step * tilt) / scale], 1)
         grid = F.affine_grid(torch.stack([x_row, y_row], 1), [n, 1, 32, 32], align_corners=False)
         glyph = F.grid_sample(atlas[font, digits[:, k + 1]][:, None], grid, align_corners=False)
-        present = (rand(0, 1) < 0.75) if k else torch.ones(n, dtype=torch.bool)
-        cover = torch.maximum(cover, glyph * present[:, None, None, None])
+        cover = torch.maximum(cover, glyph * present[k][:, None, None, None])
     # Colour and light: two nearly grey colours, and a linear gradient over the wall.
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
-    wall = (116 + 35 * randn(1)).clamp(15, 240) + 8 * randn(3) + torch.tensor([-1.0, 0.0, 7.0])
-    ink = wall + torch.sign(randn(1)) * rand(20, 130, 1) + 8 * randn(3)
-    light = 1 + 0.12 * (randn(1, 1) * x + randn(1, 1) * y)[:, None]
+    wall = (116 + 35 * scene["z_wall"]).clamp(15, 240) + 8 * scene["z_wall_tint"] + torch.tensor([-1.0, 0.0, 7.0])
+    ink = wall + torch.sign(scene["z_sign"]) * between(20, 130, "u_contrast") + 8 * scene["z_ink_tint"]
+    light_x, light_y = (scene[name][:, None, None] for name in ("z_light_x", "z_light_y"))
+    light = 1 + 0.12 * (light_x * x + light_y * y)[:, None]
     image = torch.lerp(wall[:, :, None, None], ink[:, :, None, None], cover) * light  # (n, 3, 32, 32)
     # Blur: a Gaussian of its own width for each image, as a grouped separable convolution.
-    taps = torch.exp(-0.5 * (torch.arange(-4, 5) / rand(0.5, 1.5, 1)) ** 2)
+    taps = torch.exp(-0.5 * (torch.arange(-4, 5) / between(0.5, 1.5, "u_blur")) ** 2)
     kernel = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # (3n, 1, 9)
     image = F.pad(image, (4, 4, 4, 4), mode="replicate").reshape(1, 3 * n, 40, 40)
     image = F.conv2d(F.conv2d(image, kernel[:, :, None], groups=3 * n), kernel[..., None], groups=3 * n)
-    # Noise: most of it common to the three colours, a little of each colour's own.
-    amount = torch.exp(math.log(1.8) + 0.5 * randn(1, 1, 1))
-    image = image.reshape(n, 3, 32, 32) + amount * (randn(1, 32, 32) + 0.25 * randn(3, 32, 32))
-    return image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return image.reshape(n, 3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------------------- training
 
+KEEP_SECONDS = 60  # between checkpoints within an epoch
+MOST_SKIPPED = 10  # steps in a row without a finite gradient, before training stops
+CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
+
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, x: Tensor, batch_size: int | None = None, seed: int = 0, places: Tensor | None = None
-) -> Terms:
+def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
     """Both terms for every example of x, once each, in fp32 on fixed noise. x [N, ...] -> Terms of float64 [N], nats.
 
-    The seed belongs to the evaluation, not to the run, so that two models are compared on the same noise. The result
-    depends on batch_size by rounding only; the default takes about a million numbers at a time. places, int64 [N]: each
-    example's place in its set, to which its noise belongs; 0, 1, 2, ... by default.
+    Batches have a size of their own, and batch k draws its noise from a generator that belongs to (seed, k): the same
+    on every device and for any number of processes, each of which takes whole batches. The seed belongs to the
+    evaluation, not to the run, so that two models are compared on the same noise.
     """
     was_training = model.training
     model.eval()
-    batch_size = batch_size or max(1, 2**20 // x[0].numel())
-    places = torch.arange(len(x), device=x.device) if places is None else places
-    rank, world = processes()
-    batches = zip(x[rank::world].split(batch_size), places[rank::world].split(batch_size), strict=True)
-    terms = [model(some, Noise.fixed(where, seed)) for some, where in batches]
+    rank, world = rank_and_world()
+    batches = evaluation_batches(x)
+    recon, kl = torch.zeros(2, len(x), device=x.device)
+    for k in progress_bar(range(rank, len(batches), world), desc="evaluating", delay=2):
+        recon[batches[k]], kl[batches[k]] = model(x[batches[k]], fixed_noise("evaluation", seed, k))
     model.train(was_training)
-    mine = torch.stack([torch.cat(t) for t in zip(*terms, strict=True)])  # (2, this process's examples)
-    whole = mine.new_zeros(2, len(x))
-    whole[:, rank::world] = mine
-    return Terms(*total(whole).cpu().double())
+    return Terms(*(sum_over_processes(term).cpu().double() for term in (recon, kl)))
 
 
-def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
-    """Means over examples, in bits/dim, and the standard errors of the first two: neg_elbo, its kl, its recon term."""
-    neg_elbo, kl = bits_per_dim(terms.neg_elbo, num_dims), bits_per_dim(terms.kl, num_dims)
-    return {
-        "neg_elbo_bpd": neg_elbo.mean().item(),
-        "neg_elbo_se_bpd": standard_error(neg_elbo),
-        "kl_bpd": kl.mean().item(),
-        "kl_se_bpd": standard_error(kl),
-        "recon_bpd": bits_per_dim(terms.recon.mean().item(), num_dims),
-    }
+def evaluation_batches(x: Tensor) -> list[slice]:
+    """The places in x [N, ...] of the batches of an evaluation: about a million numbers each."""
+    size = max(1, 2**20 // x[0].numel())
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
-def standard_error(x: Tensor) -> float:
-    """Of the mean of x [N], N independent values."""
-    return x.std().item() / math.sqrt(len(x))
+def evaluate_splits(model: nn.Module, splits: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """`in_bits` of every split: all of validation and test, and of train as many examples as validation has."""
+    cut = splits | {"train": splits["train"][: len(splits["valid"])]}
+    return {name: in_bits(evaluate(model, x), x[0].numel()) for name, x in cut.items() if len(x)}
 
 
 @torch.no_grad()
-def kl_per_position(model: Any, levels: Tensor) -> list[list[float]]:
-    """What each position of z costs: the mean over images of log q(z_i|x) - log p(z_i|z_<i), bits, H rows of W.
+def posteriors(model: Any, data: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """x, z ~ q(z|x), mu and log std, an evaluation's batch at a time, on the noise of `evaluate` with seed 0."""
+    for k, places in enumerate(evaluation_batches(data)):
+        generator = fixed_noise("evaluation", 0, k)
+        x = model.to_x(data[places], generator)
+        yield (x, *model.posterior(x, generator))
 
-    Summed over positions it is the KL term, up to the noise of one sample an image. levels uint8 [N, 3, 32, 32].
+
+@torch.no_grad()
+def kl_per_position(model: Any, levels: Tensor) -> Tensor:
+    """What each position of z costs: the mean over images of log q(z_i|x) - log p(z_i|z_<i), [H, W], bits.
+
+    Summed over positions it is the KL term, up to rounding. levels uint8 [N, 3, 32, 32].
     """
     summed = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64)
     for _, z, mu, log_std in posteriors(model, levels):
-        kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.shift_and_scale(z))
+        kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.mean_and_log_std(z))
         summed += kl.sum((0, 1)).cpu().double()
-    return bits_per_dim(summed / len(levels), 1).tolist()
-
-
-@torch.no_grad()
-def posteriors(model: Any, levels: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """x as the encoder sees it, z ~ q(z|x), mu and log std, of 256 images at a time, on the noise of `evaluate`."""
-    for i in torch.arange(len(levels), device=levels.device).split(256):
-        noise = Noise.fixed(i, 0)
-        x = model.to_x(levels[i], noise)
-        yield (x, *model.posterior(x, noise))
-
-
-def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds on I(x; z), what z tells about x, from M examples and one z ~ q(z|x) each; [M], nats.
-
-    log q(z_m|x_m) - log q(z_m), with q(z_m) estimated by the mean of q(z_m|x_j) over all j (in expectation a lower
-    bound, never above log M) or over all j but m (an upper bound): Poole et al. 2019, arXiv:1905.06922, section 2.
-    KL = I(x; z) + KL(q(z) || p(z)) (Hoffman & Johnson 2016), so KL minus these bounds the aggregated posterior's
-    distance from the prior. z, mu, log_std: [M, ...].
-    """
-    z, mu, log_std = (t.flatten(1).cpu().double() for t in (z, mu, log_std))  # mps has no float64
-    own, precision, rows = normal_log_prob(z, mu, log_std), torch.exp(-2 * log_std), []
-    constant = -sum_dims(0.5 * mu**2 * precision + log_std + 0.5 * math.log(2 * math.pi))
-    for i in torch.arange(len(z)).split(1000):
-        each = z[i] @ (mu * precision).T - 0.5 * z[i] ** 2 @ precision.T + constant  # (some, M): log q(z_m|x_j)
-        each[torch.arange(len(i)), i] = -math.inf
-        rows.append(torch.logsumexp(each, 1))
-    others = torch.cat(rows)
-    everyone = torch.logaddexp(others, own)
-    return own - everyone + math.log(len(z)), own - others + math.log(len(z) - 1)
-
-
-def check_prior(prior: StandardNormal) -> float:
-    """How far log_prob is from log N(eps; 0, I) + log |det d eps / d z| at a z that the prior drew; nats, about 0.
-
-    Computed by other means: torch.distributions and autograd's Jacobian, in float64. A log-determinant that was
-    dropped, or a prior of the wrong variance, cannot pass.
-    """
-    prior = exact(prior)
-    device = next((p.device for p in prior.parameters()), torch.device("cpu"))
-    z = prior.sample(Noise.fixed(torch.arange(1, device=device), seed=4)).double()
-    if not z.numel():
-        return 0.0
-    jacobian = torch.func.jacrev(lambda z: prior.z_to_eps(z)[0], chunk_size=256)(z).reshape(z.numel(), z.numel())
-    eps = prior.z_to_eps(z)[0]
-    expected = torch.distributions.Normal(0.0, 1.0).log_prob(eps).sum() + torch.linalg.slogdet(jacobian)[1]
-    return (prior.log_prob(z) - expected).abs().item()
+    return bits_per_dim(summed / len(levels), 1)
 
 
 def one_cycle(done: float) -> float:
@@ -828,295 +826,293 @@ def one_cycle(done: float) -> float:
     return done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-def kl_weight(done: float, warmup: float) -> float:
-    """The KL's weight in training: from 0 to 1 over the fraction `warmup` of training, then 1. No warm-up: always 1."""
-    return min(1.0, done / warmup) if warmup else 1.0
+@dataclass
+class Progress:
+    """Where a training stands: with weights and optimiser, all that `fit` needs to go on."""
+
+    step: int = 0
+    seconds: float = 0.0
+    curves: dict[str, Any] = field(
+        default_factory=lambda: {"step": [], "epoch": [], **{s: {k: [] for k in CURVE_KEYS} for s in SPLITS}}
+    )
+    best_bound: float = math.inf  # -ELBO on validation, bits/dim
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    skipped: int | Tensor = 0  # steps without a finite gradient, counted on the device
+    skipped_in_a_row: int | Tensor = 0
 
 
 def fit(
-    model: nn.Module, splits: dict[str, Tensor], args: argparse.Namespace, keep: Path | None = None,
-    warmup: float = 0.0, free_bits: float = 0.0,
+    model: Any, splits: dict[str, Tensor], *, epochs: int, batch_size: int, lr: float, seed: int = 0,
+    precision: str = "fp32", kl_warmup: float = 0.0, path: Path | None = None, resume: bool = False,
+    run: dict[str, Any] | None = None, name: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Minimise the mean negative ELBO in bits/dim on splits["train"] with Adam; return curves, leave the best weights.
+    """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
 
-    args: epochs, batch_size, lr (the peak of `one_cycle`), precision, clock. keep: the checkpoint, written after each
-    epoch and every five minutes; with args.resume training goes on from it. warmup: the fraction of training over which
-    the KL's weight rises from 0 to 1, in training only. free_bits: bits/dim of a batch's KL that training does not
-    charge for (Kingma et al. 2016, arXiv:1606.04934). Gradients are clipped to norm 1. Before the first epoch and after
-    each, every split is evaluated, train and test on their first examples, no more than validation has. The weights
-    kept are those of the epoch with the lowest negative ELBO on all of validation: curves["best_epoch"].
+    lr: the peak of `one_cycle`. kl_warmup: the fraction of training over which the KL's weight rises from 0 to 1. At
+    about twenty steps the first examples of every split are evaluated (`looked_at`, `steps_to_look`); the best weights
+    are those with the lowest -ELBO on validation's. path: the checkpoint, written after each epoch and every minute.
+    With resume, training goes on from it, on a CPU to the same bits: order and noise of a step are functions of the
+    seed and the step alone. run: script and arguments, for the checkpoint. name: of the model, in what is printed.
     """
-    train, all_steps = splits["train"], max(1, args.epochs * steps_per_epoch(args, len(splits["train"])))
-    optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=train.device.type in ("cpu", "cuda"))
-    at, kept = before_training(model, train.device), Checkpoint(keep, model, optimiser, args, splits)
-    if getattr(args, "resume", False):
-        kept.load(at)
-    else:
-        kept.set_aside()
-    net: Any = nn.parallel.DistributedDataParallel(model) if processes()[1] > 1 else model
-    net = torch.compile(net) if pays_to_compile(args, all_steps) else net
-    with catch_signals() as signals:
-        while at["epoch"] <= args.epochs:
-            for batch in rest_of_epoch(at, args, train):
-                done = at["all_steps"] / all_steps
-                for group in optimiser.param_groups:
-                    group["lr"] = args.lr * one_cycle(done)
-                skipped = train_step(net, optimiser, train[batch], args.precision, kl_weight(done, warmup), free_bits)
-                after_step(at, kept, signals, skipped)
-            note_epoch(at, evaluate_splits(model, splits, watched=True), model, args)
-            kept.save(at)
-            if stop := highest(signals):
-                leave(stop, kept)
-    model.load_state_dict(at["best_state"])
-    return at["curves"] | {"skipped_steps": int(at["skipped"][2])}
+    train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
+    steps_per_epoch = whole_batches(len(train), batch_size)
+    steps = epochs * steps_per_epoch
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
+    now, order, must_match = Progress(), None, what_must_match(run or {}, model, splits) if path else {}
+    if path and resume and path.exists():
+        now = load_progress(path, must_match, model, optimiser, steps)
+    elif path:
+        set_aside(path)
+        make_folder(path.parent)
+    started, saved = time.monotonic() - now.seconds, time.monotonic()
+    with progress_bar(total=steps, initial=now.step, desc=name or "training") as bar:
+        while True:
+            now.seconds = round(time.monotonic() - started, 1)
+            if now.step in steps_to_look(steps) and now.step not in now.curves["step"]:
+                bar.clear()
+                look(now, model, looked_at(splits, epochs), now.step / steps_per_epoch, name)
+            if path and (now.step % steps_per_epoch == 0 or time.monotonic() - saved > KEEP_SECONDS):
+                progress = {**vars(now), "weights": model.state_dict(), "optimiser": optimiser.state_dict()}
+                best = {"state": now.best_weights, "curves": now.curves, "finished": now.step == steps}
+                save_checkpoint(path, {**(run or {}), **best, "must_match": must_match, "progress": progress})
+                saved = time.monotonic()
+            if now.step == steps:
+                break
+            epoch, place = divmod(now.step, steps_per_epoch)
+            if place == 0 or order is None:
+                order = torch.randperm(len(train), generator=fixed_noise("order", seed, epoch)).to(device)
+            batch = order[place * batch_size : (place + 1) * batch_size][rank::world]
+            done = now.step / steps
+            for group in optimiser.param_groups:
+                group["lr"] = lr * one_cycle(done)
+            kl_weight = min(1.0, done / kl_warmup) if kl_warmup else 1.0
+            torch.manual_seed(seed_of("step", seed, now.step))
+            finite = train_step(model, optimiser, train[batch], precision, kl_weight)
+            now.step += 1
+            now.skipped = now.skipped + ~finite
+            now.skipped_in_a_row = (now.skipped_in_a_row + 1) * ~finite
+            if now.step % 10 == 0 and now.skipped_in_a_row >= MOST_SKIPPED:  # rarely, as it waits for the device
+                why = f"{MOST_SKIPPED} steps in a row without a finite gradient, the last of them step {now.step}"
+                fail(f"{why}: try a lower --lr or --precision fp32", status=1)
+            bar.update(1)
+    model.load_state_dict(now.best_weights)
+    return now.curves
 
 
-def steps_per_epoch(args: argparse.Namespace, examples: int) -> int:
+def whole_batches(examples: int, batch_size: int) -> int:
     """Whole batches in so many examples: an epoch leaves out the remainder of its own random order."""
-    if args.batch_size > examples:
-        fail(f"--batch-size {args.batch_size} is more than the {examples} training examples; choose a smaller one")
-    if args.batch_size % processes()[1]:
-        fail(f"--batch-size {args.batch_size} cannot be shared evenly by {processes()[1]} processes")
-    return examples // args.batch_size
+    if batch_size > examples:
+        fail(f"--batch-size {batch_size} is more than the {examples} training examples; choose a smaller one")
+    if batch_size % rank_and_world()[1]:
+        fail(f"--batch-size {batch_size} cannot be shared evenly by {rank_and_world()[1]} processes")
+    return examples // batch_size
 
 
-def before_training(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Where a training stands, in what a checkpoint can hold, before its first step. Epoch 0 only evaluates."""
-    return {
-        "epoch": 0, "step": 0, "all_steps": 0, "order": torch.empty(0), "best": math.inf,
-        "best_state": copy.deepcopy(model.state_dict()),
-        "curves": {"epoch": [], **{name: {k: [] for k in CURVE_KEYS} for name in SPLITS}},
-        "skipped": torch.zeros(3, device=device),  # steps: in a row now, most in a row, all
-    }  # fmt: skip
+def looked_at(splits: dict[str, Tensor], epochs: int) -> dict[str, Tensor]:
+    """The first examples of each split, no more than validation has, so few that looking costs a tenth of training.
 
-
-def rest_of_epoch(at: dict[str, Any], args: argparse.Namespace, train: Tensor) -> Iterable[Tensor]:
-    """The batches of the epoch that `at` is in, from its step on, with a progress bar: this process's share of each."""
-    if at["epoch"] == 0:
-        return []
-    (rank, world), steps = processes(), steps_per_epoch(args, len(train))
-    if at["step"] == 0:
-        at["order"] = torch.randperm(len(train), device=train.device)[: steps * args.batch_size]
-    batches = [batch[rank::world] for batch in at["order"].split(args.batch_size)[at["step"] :]]
-    hidden = True if rank else None if not in_kernel() else False  # None: hidden where nobody watches a terminal
-    return tqdm(batches, f"epoch {at['epoch']}/{args.epochs}", steps, initial=at["step"], leave=False, disable=hidden)
-
-
-def after_step(at: dict[str, Any], kept: "Checkpoint", signals: list[int], skipped: Tensor) -> None:
-    """Count the step; stop where ten in a row were skipped; checkpoint where one is due; obey a signal."""
-    in_a_row, most, all_ = at["skipped"]
-    in_a_row = (in_a_row + 1) * skipped
-    at["skipped"] = torch.stack([in_a_row, torch.maximum(most, in_a_row), all_ + skipped])
-    at["step"], at["all_steps"] = at["step"] + 1, at["all_steps"] + 1
-    look = at["all_steps"] % 10 == 0  # rarely, as it waits for the device and for the other processes
-    if look and at["skipped"][1] >= MOST_SKIPPED:
-        fail(
-            f"{MOST_SKIPPED} steps in a row without a finite gradient, epoch {at['epoch']}, by step {at['step']}: "
-            f"try a lower --lr or --precision fp32{kept.hint(' (the last checkpoint: {})')}", 1
-        )  # fmt: skip
-    stop = (look or processes()[1] == 1) and highest(signals)
-    if stop or time.monotonic() - kept.written > KEEP_SECONDS:
-        kept.save(at)
-    if stop:
-        leave(stop, kept)
-
-
-def train_step(
-    net: nn.Module, optimiser: Any, x: Tensor, precision: str, kl_weight: Any = 1.0, free_bits: float = 0.0
-) -> Tensor:
-    """One step of Adam on this process's share x of a batch; 1 where no gradient was finite and it was skipped, else 0.
-
-    The answer is [], on the device, so that nothing here waits for it.
+    An example's evaluation takes about .6 of its training step; twenty looks at three splits are then a tenth of the
+    training's time if each takes 1/360 of the examples that are trained on. At least 32.
     """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        recon, kl = (bits_per_dim(term.mean(), x[0].numel()) for term in net(x, Noise(len(x), x.device)))
-        if free_bits:  # a batch's KL under them is not charged for
-            kl_weight = kl_weight * (total(kl) > free_bits * processes()[1])
-        loss = recon + kl_weight * kl
+    few = min(len(splits["valid"]), max(32, epochs * len(splits["train"]) // 360))
+    return {name: x[:few] for name, x in splits.items()}
+
+
+def steps_to_look(steps: int) -> set[int]:
+    """Before the first step, after the last, and nineteen times between them, denser early: steps (k / 20)^2."""
+    return {round(steps * (k / 20) ** 2) for k in range(21)}
+
+
+def train_step(model: Any, optimiser: Any, x: Tensor, precision: str, kl_weight: float = 1.0) -> Tensor:
+    """One step of the optimiser on this process's share x of a batch. Gradients are clipped to norm 1.
+
+    If loss or gradients are not finite, the gradients are set to 0, so that nothing of this batch reaches the weights.
+    Returns whether they were finite, [], on the device, so that nothing here waits for it.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        loss = model.loss(x, kl_weight)
     optimiser.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
-    bad = 1 - torch.isfinite(norm + total(loss)).float()
-    fused = optimiser.defaults["fused"]
-    if fused:  # such a step leaves weights and moments alone where found_inf is 1, without a word to the host
-        vars(optimiser)["found_inf"] = bad
-    if fused or not bad:
-        optimiser.step()
-    return bad
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    average_over_processes(gradients)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    finite = torch.isfinite(norm + sum_over_processes(loss))
+    for gradient in gradients:
+        gradient.masked_fill_(~finite, 0)
+    optimiser.step()
+    return finite
 
 
-def note_epoch(
-    at: dict[str, Any], bounds: dict[str, dict[str, float]], model: nn.Module, args: argparse.Namespace
-) -> None:
-    """Print an epoch's bounds, enter them into the curves, keep its weights if they are the best; turn to the next."""
-    print_epoch(at, bounds, args)
-    if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
-        fail(f"training diverged in epoch {at['epoch']}: the bound is not a number; try a lower --lr", status=1)
-    at["curves"]["epoch"].append(at["epoch"])
-    for name, key in itertools.product(SPLITS, CURVE_KEYS):
-        at["curves"][name][key].append(bounds[name][key])
-    if bounds["valid"]["neg_elbo_bpd"] < at["best"]:
-        at["best"], at["best_state"] = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
-        at["curves"]["best_epoch"] = at["epoch"]
-    at["epoch"], at["step"] = at["epoch"] + 1, 0
-
-
-def print_epoch(at: dict[str, Any], bounds: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
-    """One line an epoch, in fixed columns; the seconds are of the whole run."""
-    values = "  ".join(f"{name} {bounds[name]['neg_elbo_bpd']:7.4f}" for name in SPLITS)
+def look(now: Progress, model: Any, splits: dict[str, Tensor], epoch: float, name: str) -> None:
+    """Evaluate the splits, print a line, enter it into the curves; keep the weights if validation is at its best."""
+    bounds = {split: in_bits(evaluate(model, x), x[0].numel()) for split, x in splits.items()}
+    values = "  ".join(f"{split} {bound['neg_elbo_bpd']:7.4f}" for split, bound in bounds.items())
     terms = f"(valid: KL {bounds['valid']['kl_bpd']:.4f} + decoder {bounds['valid']['recon_bpd']:.4f})"
-    skipped = f"  {int(at['skipped'][2])} steps skipped so far" if at["skipped"][2] else ""
-    head = f"epoch {at['epoch']:3d}/{args.epochs}  -ELBO bits/dim: {values}  {terms}"
-    print(f"{head}  {args.clock.seconds():6.0f} s{skipped}", flush=True)
+    skipped = f"  {int(now.skipped)} steps skipped so far" if now.skipped else ""
+    print(f"{name}  " if name else "", f"epoch {epoch:5.2f}  step {now.step:5d}  -ELBO bits/dim: {values}  {terms}  ",
+          f"{now.seconds:6.0f} s{skipped}", sep="", flush=True)  # fmt: skip
+    if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
+        fail(f"training diverged by step {now.step}: the bound is not a number; try a lower --lr", status=1)
+    now.curves["step"].append(now.step)
+    now.curves["epoch"].append(round(epoch, 4))
+    now.curves |= {"skipped_steps": int(now.skipped), "seconds": now.seconds}
+    for split, key in itertools.product(SPLITS, CURVE_KEYS):
+        now.curves[split][key].append(bounds[split][key])
+    if bounds["valid"]["neg_elbo_bpd"] < now.best_bound:
+        now.best_bound, now.best_weights = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
+        now.curves |= {"best_step": now.step, "best_epoch": round(epoch, 4)}
 
 
-class Checkpoint:
-    """All that `fit` needs to go on as if it had never stopped, in one file, always whole; or nowhere, without a path.
+def progress_bar(*args: Any, **options: Any) -> Any:
+    """tqdm's bar: in a notebook and on a terminal, not in a log; one for all processes."""
+    hidden = True if rank_and_world()[0] else False if in_kernel() else None  # None: if nobody watches a terminal
+    return tqdm(*args, leave=False, disable=hidden, **options)
 
-    Weights, optimiser, random states, place in the epoch and its order of examples, curves, best weights; and what
-    must be the same for a run to go on: the arguments but those in FREE_FLAGS, the data, the network's shapes.
+
+# Several processes: torchrun starts the same program, with the same random numbers. In training each process takes
+# every world-th example of a batch, and gradients are averaged; in an evaluation every world-th batch. Rank 0 alone
+# writes and prints. With one process these functions change nothing.
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes: 0 of 1, unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of x over processes, without a gradient."""
+    x = x.detach().clone()
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Set each tensor to its mean over processes, in one exchange."""
+    world = rank_and_world()[1]
+    if world > 1:
+        means = sum_over_processes(torch.cat([x.flatten() for x in tensors])) / world
+        for x, mean in zip(tensors, means.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view(x.shape))
+
+
+# Checkpoints: one file per training, always whole. It holds what the script hands to `fit` (its name, its arguments),
+# the best weights so far as `state`, the curves, whether training is finished, and what --resume needs.
+
+FREE_ARGS = {"epochs", "resume", "out", "data", "data_root", "evaluate", "samples", "seeds", "device"}  # on --resume
+
+
+def what_must_match(run: dict[str, Any], model: Any, splits: dict[str, Tensor]) -> dict[str, Any]:
+    """What has to be the same for a training to go on: arguments but FREE_ARGS, data, the network's shapes."""
+    flags = {f"--{k.replace('_', '-')}": v for k, v in run.get("args", {}).items() if k not in FREE_ARGS}
+    shapes = str({k: list(v.shape) for k, v in model.state_dict().items()})
+    return {**flags, "the data": sha256_of(splits), "the network": shapes}
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """In what two `what_must_match` differ; of an argument, both values."""
+    differing = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    return [f"{k} ({theirs.get(k)}, now {ours.get(k)})" if k.startswith("--") else k for k in differing]
+
+
+def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimiser: Any, steps: int) -> Progress:
+    """Set weights and optimiser to what the checkpoint holds, and return where it stands."""
+    saved = read_checkpoint(path, ("progress", "must_match"))
+    if differing := differences(saved["must_match"], must_match):
+        fail(f"--resume: {path} is of a run with another {', '.join(differing)}; leave --resume out or mend it")
+    state = saved["progress"]
+    if state["step"] > steps:
+        fail(f"--resume: {path} has {state['step']} steps behind it, more than the {steps} of --epochs; raise --epochs")
+    model.load_state_dict(state.pop("weights"))
+    optimiser.load_state_dict(state.pop("optimiser"))
+    print(f"going on from {path}, step {state['step']} of {steps}", flush=True)
+    return Progress(**state)
+
+
+def set_aside(path: Path) -> None:
+    """Rename the checkpoint of an earlier run, which this one would write over."""
+    if path.exists() and not rank_and_world()[0]:
+        old = path.with_suffix(".old.pt")
+        os.replace(path, old)
+        print(f"an earlier run's checkpoint is now {old}; --resume would have gone on from it")
+
+
+def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
+    """torch.save, whole or not at all. On a full disk the file before stays, a line says so, and the run goes on."""
+    buffer = io.BytesIO()  # in memory first: then a file system that fails does so in one place, `write_whole`
+    torch.save(contents, buffer)
+    try:
+        write_whole(path, lambda file: file.write(buffer.getbuffer()))
+    except OSError as error:
+        why = f"({error.strerror}); the one before is kept, the run goes on"
+        print(f"warning: no new checkpoint in {path} {why}", file=sys.stderr)
+
+
+def load_trained(args: argparse.Namespace, script: str, flags: tuple[str, ...]) -> dict[str, Any]:
+    """The checkpoint that --evaluate names: curves, weights (state), finished. Its flags that shape the model hold."""
+    saved = read_checkpoint(Path(args.evaluate), ("args", "state", "curves", "finished"), script)
+    vars(args).update({name: saved["args"][name] for name in flags})
+    return saved
+
+
+def to_device(model: Any, args: argparse.Namespace, trained: dict[str, Any] | None = None) -> Any:
+    """The model on --device, with the weights of --evaluate if they are given.
+
+    channels_last is faster on CPUs and for bf16 on GPUs; in fp32, older GPUs are slower with it.
     """
-
-    def __init__(
-        self, path: Path | None, model: nn.Module, optimiser: Any, args: argparse.Namespace, splits: dict[str, Tensor]
-    ):
-        self.path, self.model, self.optimiser, self.args = path, model, optimiser, args
-        self.written = time.monotonic()
-        if path:
-            self.must_match = {f"--{k.replace('_', '-')}": v for k, v in settings(args).items() if k not in FREE_FLAGS}
-            make_folder(path.parent)
-            self.must_match["the data"] = Data("", {k: x.cpu() for k, x in splits.items()}).describe()["sha256"]
-            self.must_match["the network"] = str({k: list(v.shape) for k, v in model.state_dict().items()})
-
-    def save(self, at: dict[str, Any]) -> None:
-        """Write the file anew. A disk that is full costs no more than this checkpoint, and a line that says so."""
-        self.written = time.monotonic()
-        if not self.path:
-            return
-        states = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "random": random_states()}
-        buffer = io.BytesIO()  # in memory first: then a file system that fails does so in one place, below
-        at = at | {"seconds": self.args.clock.seconds()}
-        torch.save({"at": at, "must_match": self.must_match, **states}, buffer)
+    if trained:
         try:
-            write_whole(self.path, lambda file: file.write(buffer.getbuffer()))
-        except OSError as error:
-            why = f"({error.strerror}); the one before is kept, training goes on"
-            print(f"warning: no new checkpoint in {self.path} {why}", file=sys.stderr)
-
-    def load(self, at: dict[str, Any]) -> None:
-        """Set `at`, weights, optimiser and random states to what the file holds; leave them where there is none."""
-        if not self.path or not self.path.exists():
-            return
-        saved = read_checkpoint(self.path, ("at", "must_match", "model", "optimiser", "random"))
-        differing = [k for k, v in (self.must_match | saved["must_match"]).items() if self.must_match.get(k) != v]
-        differing += [k for k in self.must_match if k not in saved["must_match"]]
-        if differing:
-            fail(
-                f"--resume: {self.path} is of a run with another {', '.join(differing)}; leave --resume out or mend it"
-            )
-        if saved["at"]["epoch"] > self.args.epochs + 1:
-            fail(f"--resume --epochs {self.args.epochs}: {self.path} has {saved['at']['epoch'] - 1} epochs behind it")
-        device = at["skipped"].device
-        at.update(saved["at"] | {k: saved["at"][k].to(device) for k in ("order", "skipped")})
-        self.model.load_state_dict(saved["model"])
-        self.optimiser.load_state_dict(saved["optimiser"])
-        random_states(saved["random"])
-        self.args.clock.go_on_from(at.pop("seconds"))
-        print(f"going on from {self.path}: epoch {at['epoch']}, step {at['step']}")
-
-    def set_aside(self) -> None:
-        """Rename the file of an earlier run, which this one would write over: it may have been unfinished."""
-        if self.path and self.path.exists() and not processes()[0]:
-            old = self.path.with_suffix(".old.pt")
-            os.replace(self.path, old)
-            print(f"an earlier run's checkpoint is now {old}; --resume would have gone on from it")
-
-    def hint(self, text: str) -> str:
-        """text with the checkpoint's path in it; nothing where there is none."""
-        return text.format(self.path) if self.path and self.path.exists() else ""
+            model.load_state_dict(trained["state"])
+        except RuntimeError:
+            fail(f"--evaluate {args.evaluate}: its weights do not fit this model")
+    last = args.device == "cpu" or args.precision == "bf16"
+    return model.to(args.device, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def random_states(states: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The states of torch's random generators, after they were set to `states`."""
-    here = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
-    here = {k: v for k, v in here.items() if k == "cpu" or (k == "cuda" and torch.cuda.is_available())
-            or (k == "mps" and torch.backends.mps.is_available())}  # fmt: skip
-    for name, state in (states or {}).items():
-        if name in here:
-            here[name].set_rng_state(state)  # type: ignore[attr-defined]
-    return {name: module.get_rng_state() for name, module in here.items()}  # type: ignore[attr-defined]
+def read_checkpoint(path: Path, keys: tuple[str, ...], script: str = "") -> dict[str, Any]:
+    """What `save_checkpoint` wrote, with these keys, and of this script; no code in it is ever run (`weights_only`)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about strange files: the error says enough
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = {k: saved[k] for k in (*keys, "script") if k in keys or script}
+    except Exception as error:  # of the file system, zip, pickle or torch, each with its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"{path}: not a readable checkpoint ({reason})")
+    if script and saved["script"] != script:
+        fail(f"{path}: a checkpoint of {saved['script']}, not of {script}")
+    return saved
+
+
+# ---------------------------------------------------------------------------------------------- figures and files
+
+DPI = 130  # of every figure
 
 
 @contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list into which the first Ctrl-C or SIGTERM goes, to be obeyed after the step; the second one ends at once."""
-    signals: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-        print("finishing this step; once more to stop at once", file=sys.stderr)
-
+def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
+    """A step after training: if it fails, print a line and note the reason in `failed`; the steps after it go on."""
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs it there deals with signals
-        before = {}
-    try:
-        yield signals
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = (str(error).splitlines() or [""])[0]
+        failed[what] = f"{type(error).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})"
+        plt.close("all")
+        print(f"warning: {what} is missing: {failed[what]}", file=sys.stderr, flush=True)
 
 
-def highest(signals: list[int]) -> int:
-    """The highest signal that any process has caught, 0 for none."""
-    if processes()[1] == 1:
-        return max(signals, default=0)
-    number = torch.tensor(max(signals, default=0), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def pays_to_compile(args: argparse.Namespace, steps: int) -> bool:
-    """--compile: on, off, or auto, which is on where kernels are built for a GPU and the steps win back the time."""
-    choice = getattr(args, "compile", "off")
-    if choice == "off":
-        return False
-    builder = "triton" if args.device.startswith("cuda") else "a C++ compiler"
-    found = importlib.util.find_spec("triton") if builder == "triton" else shutil.which(os.environ.get("CXX", "g++"))
-    if choice == "on" and not found:
-        fail(f"--compile on: torch.compile needs {builder}, which is not here; use --compile off")
-    if not found or (choice == "auto" and (builder != "triton" or steps < COMPILE_STEPS)):
-        return False
-    from torch._inductor import config
-
-    config.fallback_random = True  # the same random numbers as without
-    return True
-
-
-def leave(number: int, kept: Checkpoint) -> NoReturn:
-    """Stop because of a signal, and say how to go on; in a notebook as an interrupted cell, so its kernel lives."""
-    if in_kernel():
-        raise KeyboardInterrupt(kept.hint("go on with --resume, from {}"))
-    fail("interrupted" + kept.hint("; go on with the same command and --resume (from {})"), 128 + number)
-
-
-def evaluate_splits(model: nn.Module, splits: dict[str, Tensor], watched: bool = False) -> dict[str, dict[str, float]]:
-    """`in_bits` of every split: all of validation and test, and of train as many examples as validation has.
-
-    watched: of test too, which is what the curves show, epoch after epoch.
-    """
-    few = ("train", "test") if watched else ("train",)
-    cut = {name: x[: len(splits["valid"])] if name in few else x for name, x in splits.items()}
-    return {name: in_bits(evaluate(model, x), x[0].numel()) for name, x in cut.items()}
-
-
-# ---------------------------------------------------------------------------------------------- results and plots
+def prepare(out: Path, images: bool) -> None:
+    """In the first second, try what a run needs at its end: its folder, a figure; for images, torchvision's grid."""
+    make_folder(out)
+    trial = out / ".trial.png"
+    with attempt("a trial figure", {}):
+        plot_images({"": torch.zeros(1, 3, 32, 32)}, 1, "", trial) if images else save_figure(plt.figure(), trial)
+    trial.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made where it is missing; a clear message where it cannot be made or written into."""
+    """The folder, made if it is missing; a clear message if it cannot be made or written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / ".writable", lambda file: None)
@@ -1128,7 +1124,7 @@ def make_folder(path: Path) -> Path:
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Let `write` fill a file, so that path holds all of it or what it held before: a temporary file, then a rename."""
-    if processes()[0]:  # rank 0 writes for all
+    if rank_and_world()[0]:  # rank 0 writes for all
         return
     part = path.with_name(path.name + ".part")
     try:
@@ -1145,94 +1141,158 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Text as UTF-8."""
-    write_whole(path, lambda file: file.write(text.encode()))
+def write_metrics(out: Path, args: argparse.Namespace, metrics: dict[str, Any]) -> None:
+    """metrics.json, with the seconds since this process read its arguments. NaN and infinity are errors."""
+    metrics["seconds"] = round(time.monotonic() - args.started, 1)
+    text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    write_whole(out / "metrics.json", lambda file: file.write(text.encode()))
 
 
-def write_json(path: Path, metrics: dict[str, Any]) -> None:
-    """Metrics as JSON; NaN and infinity are errors."""
-    write_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-
-
-def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The dictionary that torch.save wrote, with these keys; no code in it is ever run (`weights_only`)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about strange files: the error says enough
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: saved[k] for k in keys}
-    except Exception as error:  # of the file system, zip, pickle or torch, each with its own
-        reason = str(error).splitlines()[:1] or [type(error).__name__]
-        fail(f"{path}: not a readable checkpoint ({reason[0]})")
-
-
-def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
-    """The final checkpoint of this script: {"script", "args", "state"}."""
-    saved = read_checkpoint(path, ("script", "args", "state"))
-    if saved["script"] != script:
-        fail(f"{path}: a checkpoint of {saved['script']}, not of {script}")
-    return saved
-
-
-def write_results(out: Path, metrics: dict[str, Any], report: str, state: dict[str, Any]) -> None:
-    """metrics.json, report.md and checkpoint.pt (weights and arguments, for torch.load(..., weights_only=True))."""
-    checkpoint = {"script": metrics["script"], "args": metrics["args"], "state": state}
-    write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    write_text(out / "report.md", report)
-    write_json(out / "metrics.json", metrics)
-    barrier()
+def write_report(out: Path, report: str, failed: dict[str, str]) -> None:
+    """report.md, which names below its title what is missing; in that case the program ends with status 1."""
+    missing = "".join(f"**Missing: {what}.** {reason}\n\n" for what, reason in failed.items())
+    title, rest = report.split("\n\n", 1)
+    write_whole(out / "report.md", lambda file: file.write(f"{title}\n\n{missing}{rest}".encode()))
     print(f"wrote {out / 'report.md'}, its figures, metrics.json and checkpoint.pt")
+    if failed:
+        fail(f"missing: {', '.join(failed)}; the same command with --resume makes up for it without training", 1)
 
 
-def run_seeds(
-    run: Callable[..., dict[str, Any]], report: Callable[..., str], args: argparse.Namespace, out: Path
-) -> None:
-    """run(args, out) -> metrics for args.seeds seeds from args.seed on: the first into out, the others into out/seed_K.
-
-    Several run at once, in a process each. report(metrics) is then written anew for the first, whose metrics["seeds"]
-    hold "final" of every seed. All on one thread: these networks are too small for more, and so a seed's numbers are
-    the same, bit for bit, alone or beside others.
-    """
-    jobs = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        folder = out if seed == args.seed else out / f"seed_{seed}"
-        jobs.append((run, argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1}), folder))
-    if args.seeds == 1 or in_kernel():  # what was pasted into a cell cannot be sent to another process
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            done = []
-            for run, one, folder in jobs:
-                one.clock = Clock()
-                done.append(run(one, folder))
-        finally:
-            torch.set_num_threads(threads)
-    else:
-        with ProcessPoolExecutor(min(args.seeds, os.cpu_count() or 1), get_context("spawn")) as pool:
-            done = list(pool.map(_run_alone, *zip(*jobs, strict=True)))
-    if args.seeds > 1:
-        metrics = done[0] | {
-            "args": settings(args),
-            "seconds": args.clock.seconds(),
-            "seeds": {m["args"]["seed"]: m["final"] for m in done},
-        }
-        write_text(out / "report.md", report(metrics))
-        write_json(out / "metrics.json", metrics)
+def describe_run(script: str, args: argparse.Namespace, data: dict[str, Any], *models: nn.Module) -> dict[str, Any]:
+    """The head of metrics.json: what ran, with what, on which data and machine."""
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    env = {
+        "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
+        "device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    params = sum(p.numel() for model in models for p in model.parameters())
+    return {"script": script, "args": settings(args), "data": data, "env": env, "params": params}
 
 
-def _run_alone(run: Callable[..., dict[str, Any]], args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """run(args, out) on one thread, what it prints in out/log.txt, and one line when it is done."""
-    torch.set_num_threads(1)
-    path, args.clock = make_folder(out) / "log.txt", Clock()
+def settings(args: argparse.Namespace, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The arguments that say what a run is: all but --resume, the time of its start, and those in `but`."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "started", *but)}
+
+
+def cpu_name() -> str:
+    """The processor's name, and how many of its cores there are."""
     try:
-        with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-            metrics = run(args, out)
-    except BaseException:
-        print(f"seed {args.seed} failed: see {path}", file=sys.stderr, flush=True)
-        raise
-    print(f"seed {args.seed}: {args.clock.seconds():.0f} s, {out / 'report.md'}", flush=True)
-    return metrics
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def save_figure(fig: Any, path: Path) -> None:
+    """Write the figure as a PNG without transparency and close it; in a notebook, show it too."""
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=DPI)
+    write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG"))
+    if in_kernel():
+        plt.show()
+    plt.close(fig)
+
+
+def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float, float]] | None = None) -> None:
+    """-ELBO, KL and decoder term against the step, on three axes, bits/dim: train thin, validation and test bold.
+
+    floors: {label: (lower, upper side)} of what -ELBO is held against. The first hundredth of training is left out, as
+    its bounds would flatten the rest.
+    """
+    thin, bold, dashed = dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--")
+    steps = np.array(curves["step"])
+    late = steps >= steps[-1] / 100
+    for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
+        for split, style in zip(SPLITS, (thin, bold, dashed), strict=True):
+            ax.plot(steps[late], np.array(curves[split][key])[late], label=split, marker=".", **style)
+        ax.set(title=title, xlabel="training step", ylabel="bits/dim", xscale="log" if steps[-1] else "linear")
+    for k, (label, (low, high)) in enumerate((floors or {}).items()):
+        axes[0].axhspan(low, high, color=("k", "0.6")[k], lw=1.2, ls=":", label=label)
+    axes[0].legend(fontsize=8)
+
+
+def plot_curves(curves: dict[str, Any], title: str, path: Path, **floors: Any) -> None:
+    """One model's curves, as `draw_curves` draws them."""
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
+    draw_curves(axes, curves, **floors)
+    fig.suptitle("\n".join(wrapped(title, 100)))
+    save_figure(fig, path)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The text's lines, those longer than width letters broken between words."""
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
+
+
+def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
+    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked; two screen pixels per pixel."""
+    from torchvision.utils import make_grid  # here, as torchvision takes two seconds, which question 1 can do without
+
+    grids = {}
+    for name, images in panels.items():
+        grid = make_grid(images.cpu(), columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+        grids[name] = grid.astype(np.uint8).repeat(2, 0).repeat(2, 1)
+    h, w = (max(grid.shape[k] for grid in grids.values()) for k in (0, 1))
+    down, across = (len(grids), 1) if stacked else (1, len(grids))
+    width, lines = across * (w + 20) + 20, wrapped(title, (across * (w + 20) + 20) // 10)  # 10 pixels per letter
+    height = down * (h + 35) + 20 + 22 * len(lines)
+    fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    for k, (name, grid) in enumerate(grids.items()):
+        row, column = (k, 0) if stacked else (0, k)
+        x, y = 20 + column * (w + 20), 15 + (down - 1 - row) * (h + 35)
+        fig.figimage(grid, x, y + h - grid.shape[0], origin="upper")
+        fig.text(x / width, (y + h + 6) / height, name, fontsize=9)
+    fig.suptitle("\n".join(lines), fontsize=10, y=1 - 8 / height)
+    save_figure(fig, path)
+
+
+def straight_lines(ends: Tensor, steps: int = 10) -> Tensor:
+    """Between the codes of each pair of images, 0 and 1, 2 and 3, ...: [2 P, C, 8, 8] -> [P * steps, C, 8, 8]."""
+    a, b = ends.unflatten(0, (-1, 1, 2)).unbind(2)  # each (P, 1, C, 8, 8)
+    return torch.lerp(a, b, torch.linspace(0, 1, steps, device=ends.device)[:, None, None, None]).flatten(0, 1)
+
+
+def between_ends(images: Tensor, decoded: Tensor) -> Tensor:
+    """Rows of an interpolation, true pairs around decoded steps: [2 P, ...], [P * n, ...] -> [P * (n + 2), ...]."""
+    pairs = images.unflatten(0, (-1, 2))
+    return torch.cat([pairs[:, :1], decoded.unflatten(0, (len(pairs), -1)), pairs[:, 1:]], 1).flatten(0, 1)
+
+
+def evenly_spaced(x: Tensor, n: int) -> Tensor:
+    """At most n examples, an even number, at equal distances in x: neighbours may look alike. [N, ...] -> [n, ...]."""
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x)) // 2 * 2).long().to(x.device)]
+
+
+def write_images(images: Tensor, folder: Path, first: int) -> None:
+    """Single images, uint8 [N, 3, 32, 32], as PNG files 0000.png, 0001.png, ... from number `first` on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        write_whole(folder / f"{first + k:04d}.png", lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
+
+
+def bounds_table(final: dict[str, dict[str, float]]) -> str:
+    """A report's table of `evaluate_splits`."""
+    rows = [
+        f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
+        for name, f in final.items()
+    ]
+    return "\n".join(["| split | −ELBO, bits/dim | KL term | decoder term |", "|---|---|---|---|", *rows])
+
+
+def skipped_text(skipped: int) -> str:
+    """A report's sentence on the training steps that were skipped."""
+    return f"{skipped or 'No'} training steps were skipped, as loss or gradients were not finite."
+
+
+def prior_check_text(gap: float | None) -> str:
+    """A report's verdict on `check_prior`, nats."""
+    if gap is None:
+        return "The check of the prior is missing."
+    if gap > 1e-6:
+        return f"**CHECK FAILED: log p(z) is {gap:.3g} nats from what its own samples say; trust no KL here.**"
+    return f"log p(z), at a z drawn from p(z), agrees with autograd's Jacobian within {max(gap, 1e-12):.0e} nats."
 
 
 def seeds_table(seeds: dict[int, Any], values: Callable[[dict[str, Any]], dict[str, float]]) -> str:
@@ -1256,284 +1316,22 @@ each other has its own report in a folder beside this one.
 """
 
 
-class Clock:
-    """The seconds of a run, those before an interruption included."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.start, 1)
-
-    def go_on_from(self, seconds: float) -> None:
-        """So many seconds of the run, or more, have passed by now."""
-        self.start = min(self.start, time.perf_counter() - seconds)
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that say what a run is: all but how often it was interrupted, and its clock."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "clock")}
-
-
-def describe_run(script: str, args: argparse.Namespace, data: Any, params: int) -> dict[str, Any]:
-    """The head of metrics.json: what ran, with what, on which data and machine, for how long."""
-    device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    env = {
-        "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
-        "device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    head = {"script": script, "args": settings(args), "data": data, "env": env, "params": params}
-    return {**head, "seconds": args.clock.seconds()}
-
-
-def cpu_name() -> str:
-    """The processor's name, and how many of its cores there are."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def save_figure(fig: Any, path: Path) -> None:
-    """Write the figure as a PNG without transparency and close it; in a notebook, show it too."""
-    if fig.axes[0].get_subplotspec():  # not for axes that were placed by hand
-        fig.tight_layout()
-    drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
-    write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG"))
-    if in_kernel():
-        plt.show()
-    plt.close(fig)
-
-
-def draw_curves(axes: Any, curves: dict[str, Any], floor: float | None = None) -> None:
-    """-ELBO, KL and decoder term against the epoch, on three axes, bits/dim: train thin, validation and test bold."""
-    thin, bold, dashed = dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--")
-    styles = dict(zip(SPLITS, (thin, bold, dashed), strict=True))
-    for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
-        for split, style in styles.items():
-            marker = "." if len(curves["epoch"]) < 5 else ""
-            ax.plot(curves["epoch"], curves[split][key], label=split, marker=marker, **style)
-        values = np.array([curves[split][key] for split in styles])
-        if values.shape[1] > 2:  # the first epochs would flatten the rest
-            late = values[:, max(1, values.shape[1] // 10) :]
-            late = np.append(late, floor) if floor is not None and key == "neg_elbo_bpd" else late
-            margin = 0.08 * (late.max() - late.min()) + 1e-3
-            ax.set_ylim(late.min() - margin, late.max() + margin)
-        if floor is not None and key == "neg_elbo_bpd":
-            ax.axhline(floor, color="k", ls=":", lw=1, label="true density, test")
-        ax.set(title=title, xlabel="epoch", ylabel="bits/dim")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(fontsize=8)
-
-
-def plot_curves(curves: dict[str, Any], title: str, path: Path) -> None:
-    """One model's curves, as `draw_curves` draws them."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    draw_curves(axes, curves)
-    fig.suptitle("\n".join(wrapped(title, 100)))
-    save_figure(fig, path)
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """The text's lines, those longer than width letters broken between words."""
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
-
-
-def plot_tiles(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
-    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked.
-
-    Two screen pixels a pixel; one in grids of more than 60 images, whose noise makes large files.
-    """
-    from torchvision.utils import make_grid
-
-    grids = {name: make_grid(x.cpu(), columns, padding=2, pad_value=255) for name, x in panels.items()}
-    scale = 2 if max(len(x) for x in panels.values()) <= 60 else 1
-    h, w = (scale * n for n in next(iter(grids.values())).shape[1:])
-    down, across = (len(grids), 1) if stacked else (1, len(grids))
-    width = across * (w + 20) + 20
-    lines = wrapped(title, width // 10)  # 10 pixels a letter
-    height = down * (h + 35) + 30 + 22 * len(lines)
-    fig = plt.figure(figsize=(width / DPI, height / DPI))
-    for i, (name, grid) in enumerate(grids.items()):
-        row, column = (i, 0) if stacked else (0, i)
-        corner = (20 + column * (w + 20)) / width, (20 + (down - 1 - row) * (h + 35)) / height
-        ax = fig.add_axes((*corner, w / width, h / height))
-        ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
-        ax.set_title(name, fontsize=9)
-        ax.axis("off")
-    fig.suptitle("\n".join(lines), fontsize=10, y=1 - 8 / height)
-    save_figure(fig, path)
-
-
-@torch.no_grad()
-def interpolate(model: Any, pairs: Tensor, in_eps: bool) -> Tensor:
-    """Ten steps between the two images of each pair, the images themselves at the ends.
-
-    Straight in z between the posterior means, or, where in_eps, straight in the prior's noise eps; where the decoder
-    draws, it draws with the same noise at every step. uint8 [P, 2, 3, 32, 32] -> uint8 [P * 12, 3, 32, 32].
-    """
-    ends = model.to_z(pairs.flatten(0, 1))  # (2P, C, 8, 8)
-    if in_eps:
-        ends = model.prior.z_to_eps(ends)[0]
-    a, b = ends.unflatten(0, (-1, 2))[:, None].unbind(2)  # each (P, 1, C, 8, 8)
-    path = torch.lerp(a, b, torch.linspace(0, 1, 10, device=ends.device)[:, None, None, None]).flatten(0, 1)
-    same = Noise.fixed(torch.zeros(len(path), dtype=torch.int64, device=ends.device), seed=3)
-    steps = next(iter(model.to_images(model.prior.eps_to_z(path) if in_eps else path, same).values()))
-    return torch.cat([pairs[:, :1], steps.unflatten(0, (-1, 10)), pairs[:, 1:]], 1).flatten(0, 1)
-
-
-@torch.no_grad()
-def plot_image_model(model: Any, test: Tensor, title: str, out: Path) -> None:
-    """samples.png, reconstructions.png and interpolations.png of an image VAE: fixed noise, fixed test images."""
-    if processes()[0]:  # rank 0 draws for all
-        return
-    model.eval()
-    few = torch.arange(100, device=test.device)
-    noise = Noise.fixed(few, seed=1)
-    panels = model.to_images(model.prior.sample(noise), noise)
-    plot_tiles(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
-    shown = spread(test, 10)
-    panels = {"test images": shown, **model.to_images(model.to_z(shown), Noise.fixed(few[: len(shown)], seed=2))}
-    title += "\n"
-    plot_tiles(panels, len(shown), f"{title}decoded from the posterior mean", out / "reconstructions.png", stacked=True)
-    pairs = shown[: len(shown) // 2 * 2].unflatten(0, (-1, 2))
-    panels = {"straight in z": interpolate(model, pairs, in_eps=False)}
-    if isinstance(model.prior, FlowPrior):
-        panels["straight in ε, the flow's noise"] = interpolate(model, pairs, in_eps=True)
-    title += "interpolations, true test images at the ends"
-    plot_tiles(panels, 12, title, out / "interpolations.png", stacked=True)
-
-
-def spread(x: Tensor, n: int) -> Tensor:
-    """At most n examples at equal distances in x: neighbours may look alike. [N, ...] -> [min(n, N), ...]."""
-    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
-
-
-def run_images(
-    script: str, args: argparse.Namespace, out: Path, make_model: Callable[[argparse.Namespace], Any], heading: str,
-    finish: Callable[..., str] = lambda *_: "",
-) -> None:  # fmt: skip
-    """What question 2 and the bonus do alike: data, model, training, bounds, figures, report; or --evaluate alone.
-
-    make_model: arguments -> the model. finish: (model, splits, metrics, out) -> the end of the report, more figures.
-    """
-    saved = load_checkpoint(Path(args.evaluate), script) if args.evaluate else None
-    if saved:
-        vars(args).update({k: saved["args"][k] for k in MODEL_FLAGS if k in saved["args"]})
-    data = load_images(args)
-    splits = {k: x.to(args.device) for k, x in data.splits.items()}
-    torch.manual_seed(args.seed)
-    model = make_model(args).to(args.device).to(memory_format=torch.channels_last)
-    params = sum(p.numel() for p in model.parameters())
-    if saved:
-        try:
-            model.load_state_dict(saved["state"])
-        except RuntimeError:
-            fail(f"--evaluate {args.evaluate}: its weights do not fit this model")
-        final = {"test": in_bits(evaluate(model, splits["test"]), splits["test"][0].numel())}
-        metrics = {**describe_run(script, args, data.describe(), params), "final": final}
-        path = make_folder(out / "evaluate") / "metrics.json"
-        write_json(path, metrics)
-        bound = "-ELBO {neg_elbo_bpd:.4f} bits/dim (KL {kl_bpd:.4f} + decoder {recon_bpd:.4f})".format(**final["test"])
-        print(f"{len(splits['test'])} test images of {data.name}: {bound}; wrote {path}")
-        return
-    curves = fit(model, splits, args, out / "progress" / f"{script}.pt", free_bits=getattr(args, "free_bits", 0.0))
-    final, kl_map, x = evaluate_splits(model, splits), kl_per_position(model, splits["test"]), splits["test"][:1000]
-    metrics = {**describe_run(script, args, data.describe(), params), "curves": curves, "final": final,
-               "test_kl_per_position_bits": kl_map, "check_prior_nats": check_prior(model.prior),
-               "test_codecs_bpd": {c: codec_bits_per_dim(x, c) for c in ("PNG", "WebP")}}  # fmt: skip
-    title = f"{heading}, {data.name}\ntest −ELBO {final['test']['neg_elbo_bpd']:.3f} bits/dim"
-    plot_curves(curves, title, out / "curves.png")
-    plot_image_model(model, splits["test"], title, out)
-    answer = finish(model, splits, metrics, out)
-    metrics["seconds"] = args.clock.seconds()
-    write_results(out, metrics, image_report(heading, metrics, answer), model.cpu().state_dict())
-
-
-def skipped_text(curves: Iterable[dict[str, Any]]) -> str:
-    """A report's sentence on the training steps that were skipped."""
-    skipped = sum(c["skipped_steps"] for c in curves)
-    return f"{skipped or 'No'} training steps were skipped for want of a finite gradient."
-
-
-def prior_check_text(gap: float) -> str:
-    """A report's verdict on `check_prior`, nats."""
-    if gap > 1e-6:
-        return f"**CHECK FAILED: log p(z) is {gap:.3g} nats from what its own samples say; trust no KL here.**"
-    return f"log p(z), at a z drawn from p(z), agrees with autograd's Jacobian within {max(gap, 1e-12):.0e} nats."
-
-
-def image_report(heading: str, metrics: dict[str, Any], answer: str = "") -> str:
-    """report.md of question 2, `answer` at its end: the handout's deliverables in order, every number from metrics."""
-    args, data, final, curves = (metrics[k] for k in ("args", "data", "final", "curves"))
-    rows = "\n".join(
-        f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
-        for name, f in final.items()
-    )
-    codecs = ", ".join(f"{codec} {value:.3f}" for codec, value in metrics["test_codecs_bpd"].items())
-    return f"""# {heading}
-
-Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
-{metrics["params"]:,} parameters, epochs: {args["epochs"]}, {metrics["seconds"]:,.0f} s on {metrics["env"]["device"]},
-{args["precision"]} training steps.
-
-## 1. The bound on train, validation and test
-
-![curves](curves.png)
-
-| split | −ELBO, bits/dim | KL term | decoder term |
-|---|---|---|---|
-{rows}
-
-Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample an image, ± one standard error
-over images. Train is a fixed subset no larger than validation. The curves' test is such a subset too; the table's is
-all of it. The first tenth of the epochs lies outside the axes where it would flatten the rest. The weights are those of
-epoch {curves["best_epoch"]}, the best on validation. {skipped_text([curves])}
-
-Lossless codecs on {"the same" if data["test"] <= 1000 else "the first 1,000"} test images, whole files: {codecs}
-bits/dim.
-
-{prior_check_text(metrics["check_prior_nats"])}
-
-## 2. Samples
-
-![samples](samples.png)
-
-## 3. Interpolations
-
-![interpolations](interpolations.png)
-
-## Reconstructions
-
-![reconstructions](reconstructions.png)
-{answer}"""
-
-
 # --------------------------------------------------------------------------------------------------- command line
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on standard error: status 2 for bad input, 1 for a run that failed."""
-    if not processes()[0]:
+    if not rank_and_world()[0]:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, strict about abbreviations, with its errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)")
-
-
 def launch(main: Callable[[], None]) -> None:
     """main(), as a script: what interrupts it, and what the machine runs out of, in one line on standard error."""
-    interrupted = "interrupted; --resume goes on from the last checkpoint of an unfinished training"
-    before = signal.signal(signal.SIGTERM, lambda *_: fail(interrupted, 128 + signal.SIGTERM))
+    interrupted = "interrupted; the same command with --resume goes on from the last checkpoint, at most a minute old"
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: fail(interrupted, 128 + number))
     try:
         main()
     except KeyboardInterrupt:
@@ -1547,18 +1345,17 @@ def launch(main: Callable[[], None]) -> None:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}; what was there before is kept; --resume goes on", 1)
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if processes()[1] > 1:
+        if rank_and_world()[1] > 1:
             dist.destroy_process_group()
 
 
 def in_kernel() -> bool:
-    """Whether this process is a Jupyter or Colab kernel, which shows figures and progress bars and has to live on."""
+    """Whether this process is a Jupyter or Colab kernel, which shows figures and progress bars."""
     return "ipykernel" in sys.modules
 
 
-def in_notebook() -> bool:
-    """Whether this is a cell of a Jupyter or Colab kernel, whose command line is the kernel's, not the user's."""
+def pasted_into_cell() -> bool:
+    """Whether this code is a cell of a Jupyter or Colab kernel, whose command line is the kernel's, not the user's."""
     return os.path.basename(sys.argv[0]) in ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
@@ -1574,57 +1371,79 @@ def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str
     return parse
 
 
-def parse_args(
-    script: str, argv: list[str] | None, defaults: dict[str, Any], smoke: dict[str, Any], images: bool = False,
-    more: Callable[[Any], None] = lambda add: None,
-) -> tuple[argparse.Namespace, Path]:  # fmt: skip
-    """The command line that every script shares -> (arguments, the folder for its results); prints both and the device.
+THREADS = torch.get_num_threads()  # as torch chose, before question 1 sets it to 1
 
-    `smoke` holds the tiny defaults of --smoke; a flag that is given wins over both. `more` adds a script's own flags.
-    Errors: one line, exit status 2.
-    """
-    parser = Parser(prog=f"{script}.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, count = parser.add_argument, number(int, 1, 10**9)
-    add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
-    add("--batch-size", type=count, help="examples a step")
-    add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches and training noise")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
-    add("--out", default="results", help=f"results go to OUT/{script}")
-    add("--resume", action="store_true", help="go on with an interrupted run, or with more epochs; otherwise as before")
-    add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
-    if not images:
-        add("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on; several at once")
-    else:
+
+class Parser(argparse.ArgumentParser):
+    """argparse, strict about abbreviations, with its errors in one line, and with the flags that all scripts have."""
+
+    def __init__(self, script: str):
+        show_defaults = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(prog=f"{script}.py", allow_abbrev=False, formatter_class=show_defaults)
+        add = self.add_argument
+        add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
+        add("--batch-size", type=number(int, 1, 10**9), help="examples per step")
+        add("--lr", type=number(float, 1e-9, 1), help="peak learning rate")
+        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches and training noise")
+        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
+        add("--out", default="results", help=f"results go to OUT/{script}")
+        add("--resume", action="store_true", help="go on with an interrupted run, or with more epochs")
+        add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)")
+
+
+class ImageParser(Parser):
+    """The parser of question 2 and the bonus."""
+
+    def __init__(self, script: str, least_latents: int = 1):
+        super().__init__(script)
+        add = self.add_argument
         add("--data", help="svhn, synthetic, or FILE.npz; with --smoke, synthetic unless given")
         add("--data-root", default="data", help="where data sets are downloaded or kept")
         limit = "train on the first LIMIT images, validate and test on a tenth as many each"
         add("--limit", type=number(int, 20, 10**9), help=limit)
-        add("--latents", type=number(int, 0 if script == "bonus" else 1, 4096), help="channels of z, 8 x 8 positions")
-        precision = "of training steps (auto: bf16 where the hardware multiplies it); reported bounds are fp32"
-        add("--evaluate", metavar="CHECKPOINT", help="train nothing: bounds of a checkpoint on the data's test split")
-        compile_ = "torch.compile of training steps (auto: on a GPU, for long trainings)"
-        add("--compile", choices=("auto", "on", "off"), default="auto", help=compile_)
+        add("--latents", type=number(int, least_latents, 4096), help="channels of z, 8 x 8 positions")
+        precision = "of training steps (auto: bf16 if the hardware multiplies it); reported bounds are fp32"
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
-    more(add)
-    if argv is None and in_notebook():
+        evaluate = "train nothing: bounds, figures and report of a checkpoint, into OUT/<script>/evaluate"
+        add("--evaluate", metavar="CHECKPOINT", help=evaluate)
+        samples = "with --evaluate: so many samples as single PNG files"
+        add("--samples", type=number(int, 0, 10**6), default=0, help=samples)
+
+
+def parse_args(
+    parser: Parser, argv: list[str] | None, defaults: dict[str, Any], smoke: dict[str, Any]
+) -> tuple[argparse.Namespace, Path]:
+    """The command line -> (arguments, the folder for the results); prints the arguments, device and precision included.
+
+    `smoke` holds the defaults of --smoke; a flag that is given wins over both. Errors: one line, exit status 2.
+    """
+    if argv is None and pasted_into_cell():
         argv = []
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.smoke:
         parser.set_defaults(**smoke)
         args = parser.parse_args(argv)
+    script, images = parser.prog.removesuffix(".py"), isinstance(parser, ImageParser)
+    out = Path(args.out) / ("smoke" if args.smoke else "") / script
     args.device = join_processes(choose_device(args.device), alone=not images)
-    args.precision = choose_precision(args.precision, args.device) if images else "fp32"
-    print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items()))
-    args.clock = Clock()
-    return args, Path(args.out) / ("smoke" if args.smoke else "") / script
+    resumed = out / "checkpoint.pt" if args.resume else None
+    args.precision = choose_precision(args.precision, args.device, resumed) if images else "fp32"
+    torch.set_num_threads(THREADS if images else 1)  # question 1's networks are too small to share out
+    args.started = time.monotonic()
+    print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings(args).items()), flush=True)
+    return args, out / "evaluate" if getattr(args, "evaluate", None) else out
 
 
 def choose_device(name: str) -> str:
-    """--device, with auto resolved to the fastest device present; a clear message where the named one is absent."""
+    """--device, with auto resolved to the fastest device present; a clear message if the named one is absent."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32: cuDNN's default for convolutions is TF32
+    torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32, not TF32: in matrix products, and
+    torch.backends.cudnn.allow_tf32 = False  # in convolutions, where cuDNN's default is TF32
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN try its kernels once
     if name == "auto":
         return next(device for device, here in present.items() if here)
     if not present[name]:
@@ -1638,7 +1457,7 @@ def join_processes(device: str, alone: bool) -> str:
     Each takes a GPU of its own. alone: for scripts that do not share their work.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or processes()[1] > 1:
+    if world == 1 or rank_and_world()[1] > 1:
         return device
     if alone:
         fail("this script trains in one process: start it with python, not with torchrun")
@@ -1650,13 +1469,15 @@ def join_processes(device: str, alone: bool) -> str:
     return device
 
 
-def choose_precision(name: str, device: str) -> str:
-    """--precision, with auto resolved to bf16 where the hardware multiplies bf16 natively, to fp32 elsewhere."""
-    if name != "auto":
-        return name
+def choose_precision(name: str, device: str, resumed: Path | None = None) -> str:
+    """--precision; auto: what the resumed run had, else bf16 if the hardware multiplies it natively, else fp32."""
     if device == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:  # torch has no public question for this
         checks = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
         native = device == "cpu" and any(check() for check in checks)
-    return "bf16" if native else "fp32"
+    if name == "auto" and resumed and resumed.exists():
+        return read_checkpoint(resumed, ("args",))["args"]["precision"]
+    if name == "bf16" and not native:
+        print("warning: this machine does not multiply bf16 but emulates it, slowly; --precision fp32 is faster")
+    return name if name != "auto" else "bf16" if native else "fp32"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    VAE, GaussianMLP, Noise, StandardNormal, bits_per_dim, describe_run, draw_curves, evaluate, fit, in_bits,
-    in_notebook, information_bounds, iwae, launch, parse_args, run_seeds, save_figure, seeds_table, skipped_text,
-    split_points, standard_error, write_results,
+    GaussianMLP, Parser, StandardNormal, VAE, attempt, bits_per_dim, describe_run, draw_curves, evaluate, fit,
+    fixed_noise, in_bits, iwae, launch, normal_log_prob, number, parse_args, pasted_into_cell, prepare,
+    save_checkpoint, save_figure, seeds_table, settings, skipped_text, split_points, standard_error, sum_dims,
+    write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,7 @@ def true_covariance(data: str) -> np.ndarray:
     return TURN[data].T @ np.diag(STD**2) @ TURN[data]
 
 
-def cross_entropy(data: str, x: Tensor) -> Tensor:
+def true_neg_log_prob(data: str, x: Tensor) -> Tensor:
     """-log p(x) of the true density at each point: the floor under any negative ELBO. [N, 2] -> [N], nats."""
     mean, covariance = torch.from_numpy(MEAN), torch.from_numpy(true_covariance(data))
     return -torch.distributions.MultivariateNormal(mean, covariance).log_prob(x.double())
@@ -72,6 +73,26 @@ def closed_form(covariance: np.ndarray, decoder: str) -> tuple[list[float], floa
     return [math.sqrt(v) for v in variances], max(0.0, 0.5 * math.log(np.linalg.det(covariance) / det_noise))
 
 
+def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds on I(x; z), what z tells about x, from M examples and one z ~ q(z|x) each; [M], nats.
+
+    log q(z_m|x_m) - log q(z_m), with q(z_m) estimated by the mean of q(z_m|x_j) over all j (in expectation a lower
+    bound, never above log M) or over all j but m (an upper bound): Poole et al. 2019, arXiv:1905.06922, section 2.
+    KL = I(x; z) + KL(q(z) || p(z)) (Hoffman & Johnson 2016), so KL minus these bounds the aggregated posterior's
+    distance from the prior. z, mu, log_std: [M, ...].
+    """
+    z, mu, log_std = (t.flatten(1).cpu().double() for t in (z, mu, log_std))  # mps has no float64
+    own, precision, rows = normal_log_prob(z, mu, log_std), torch.exp(-2 * log_std), []
+    constant = -sum_dims(0.5 * mu**2 * precision + log_std + 0.5 * math.log(2 * math.pi))
+    for i in torch.arange(len(z)).split(1000):
+        each = z[i] @ (mu * precision).T - 0.5 * z[i] ** 2 @ precision.T + constant  # (some, M): log q(z_m|x_j)
+        each[torch.arange(len(i)), i] = -math.inf
+        rows.append(torch.logsumexp(each, 1))
+    others = torch.cat(rows)
+    everyone = torch.logaddexp(others, own)
+    return own - everyone + math.log(len(z)), own - others + math.log(len(z) - 1)
+
+
 @torch.no_grad()
 def look_into_code(model: VAE, x: Tensor, log_p: Tensor) -> dict[str, Any]:
     """Experiments on test points x [N, 2] that say whether z is used; log_p [N] is the true log density, nats.
@@ -79,10 +100,10 @@ def look_into_code(model: VAE, x: Tensor, log_p: Tensor) -> dict[str, Any]:
     Each KL(q(z_i|x) || p(z_i)); the decoder term with z from q(z|x), from another point's q, and from p(z); bounds on
     I(x; z); the decoder's stds; IWAE-64 above the truth.
     """
-    noise = Noise.fixed(torch.arange(len(x), device=x.device), seed=2)
+    noise = fixed_noise("codes")
     z, mu, log_std = model.posterior(x, noise)
     kl_i = 0.5 * (mu**2 + torch.exp(2 * log_std) - 1) - log_std  # (N, 2), nats
-    sources = {"posterior": z, "shuffled": z.roll(1, 0), "prior": model.prior.sample(noise)}
+    sources = {"posterior": z, "shuffled": z.roll(1, 0), "prior": model.prior.sample(len(x), noise)}
     recon = {name: -model.log_p_x(x, from_there) for name, from_there in sources.items()}
     cost = bits_per_dim(recon["shuffled"] - recon["posterior"], 2)
     few = slice(0, 4000)
@@ -105,11 +126,11 @@ def look_into_code(model: VAE, x: Tensor, log_p: Tensor) -> dict[str, Any]:
 def explained_variance(model: VAE, x: Tensor, covariance: np.ndarray) -> dict[str, float]:
     """R^2 of the linear regression of the data's coordinates along its long and short axis on one z ~ q(z|x) each.
 
-    On z, not on its mean: a collapsed posterior's mean can be exactly linear in x and still drown in the noise.
+    On z, not on its mean: a collapsed posterior's mean can be exactly linear in x and be far smaller than its noise.
     """
     axes = torch.from_numpy(np.linalg.eigh(covariance)[1]).flip(1)  # columns: long axis, short axis
     along = x.cpu().double() @ axes  # (N, 2)
-    z, _, _ = model.posterior(x, Noise.fixed(torch.arange(len(x), device=x.device), seed=2))
+    z, _, _ = model.posterior(x, fixed_noise("codes"))
     inputs = torch.cat([z.cpu().double(), torch.ones(len(z), 1)], 1)  # (N, 3)
     residual = along - inputs @ torch.linalg.lstsq(inputs, along).solution
     r2 = 1 - residual.var(0) / along.var(0)
@@ -135,7 +156,7 @@ def answer(name: str, f: dict[str, Any]) -> str:
     )
 
 
-def write_report(metrics: dict[str, Any]) -> str:
+def report(metrics: dict[str, Any]) -> str:
     """The deliverables in the handout's order, every number from metrics."""
     final, data = metrics["final"], metrics["data"]["data1"]
     rows = "\n".join(
@@ -173,7 +194,7 @@ points, ± one standard error over them.
 
 The floor is the true density's mean −log p(x) on the same test points; no bound lies under it but by chance. Curves
 show train and test on as many points as validation has; the first tenth of the epochs may lie outside the axes.
-{skipped_text(metrics["curves"].values())}
+{skipped_text(sum(curve["skipped_steps"] for curve in metrics["curves"].values()))}
 
 ## 2. Samples
 
@@ -227,9 +248,7 @@ def draw_evidence(axes: Any, name: str, model: VAE, x: Tensor, found: dict[str, 
         *x.cpu().numpy().T, c=model.encoder(x)[0][:, used].cpu().numpy(), s=3, linewidths=0, cmap="viridis"
     )
     plt.colorbar(shown, ax=axes[0], label=f"mean of z{'₁₂'[used]}", shrink=0.8)
-    mu, log_std = (
-        t.cpu() for t in model.decoder(model.prior.sample(Noise.fixed(torch.arange(12, device=x.device), 3)))
-    )
+    mu, log_std = (t.cpu() for t in model.decoder(model.prior.sample(12, fixed_noise("ellipses"))))
     axes[1].scatter(*x.cpu().numpy().T, s=3, linewidths=0, color="0.85")
     for centre, std in zip(mu, log_std.exp().expand(-1, 2), strict=True):
         axes[1].add_patch(Ellipse(centre.tolist(), *(2 * std).tolist(), fill=False, color="C0", lw=1))
@@ -256,9 +275,45 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Te
     save_figure(fig, path)
 
 
-def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """All of 1A with one seed: trains, writes the results into out, returns the metrics."""
-    curves, final, described, samples, tests, models = {}, {}, {}, {}, {}, {}
+def plot_all_curves(curves: dict[str, Any], final: dict[str, Any], path: Path) -> None:
+    """The curves of the four models, each above the floor of its data."""
+    fig, axes = plt.subplots(4, 3, figsize=(11, 12), sharex=True, layout="constrained")
+    for row, (name, curve) in zip(axes, curves.items(), strict=True):
+        floor = final[name]["floor_bpd"]
+        draw_curves(row, curve, {"true density, test": (floor, floor)})
+        row[0].set_title(f"{name}: −ELBO, test {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
+    save_figure(fig, path)
+
+
+def plot_evidence(models: dict[str, VAE], tests: dict[str, Tensor], final: dict[str, Any], path: Path) -> None:
+    """`draw_evidence` for each of the four models."""
+    fig, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
+    for column, (name, model) in zip(axes.T, models.items(), strict=True):
+        draw_evidence(column, name, model, tests[name.split("_")[0]][:3000], final[name])
+    fig.suptitle("Above: test points by the latent that costs most. Below: what the decoder makes of the prior")
+    save_figure(fig, path)
+
+
+def measure(model: VAE, data_name: str, decoder_name: str, test: Tensor) -> dict[str, Any]:
+    """All that the report says of one model, on the test points [N, 2]."""
+    covariance, terms = true_covariance(data_name), evaluate(model, test)
+    floor_stds, least_kl = closed_form(covariance, decoder_name)
+    floor = true_neg_log_prob(data_name, test.cpu())
+    return {
+        **in_bits(terms, 2),
+        "floor_bpd": bits_per_dim(floor.mean().item(), 2),
+        "neg_elbo_minus_floor_se_bpd": bits_per_dim(standard_error(terms.neg_elbo - floor), 2),
+        "least_kl_bpd": bits_per_dim(least_kl, 2),
+        "floor_stds": floor_stds,
+        **look_into_code(model, test, -floor),
+        **explained_variance(model, test, covariance),
+    }
+
+
+def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """All of 1A with one seed: trains, writes checkpoint, metrics and figures; returns metrics and what failed."""
+    described, tests, curves, final, models = {}, {}, {}, {}, {}
+    prepare(out, images=False)
     for data_name in TURN:
         points = make_points(data_name)
         data = split_points(data_name, points[:5000] if args.smoke else points)
@@ -266,48 +321,49 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         described[data_name], tests[data_name] = data.describe(), data.splits["test"]
         for decoder_name, num_log_stds in DECODERS.items():
             name = f"{data_name}_{decoder_name}"
-            print(f"{name}:")
             torch.manual_seed(args.seed)
             encoder, decoder = GaussianMLP(HIDDEN, nn.SiLU), GaussianMLP(HIDDEN, nn.SiLU, num_log_stds)
             model = VAE(encoder, decoder, StandardNormal((2,))).to(args.device)
-            curves[name] = fit(model, splits, args, out / "progress" / f"{name}.pt")
-            covariance, terms = true_covariance(data_name), evaluate(model, splits["test"])
-            floor_stds, least_kl = closed_form(covariance, decoder_name)
-            floor = cross_entropy(data_name, tests[data_name])
-            final[name] = {
-                **in_bits(terms, 2),
-                "floor_bpd": bits_per_dim(floor.mean().item(), 2),
-                "neg_elbo_minus_floor_se_bpd": bits_per_dim(standard_error(terms.neg_elbo - floor), 2),
-                "least_kl_bpd": bits_per_dim(least_kl, 2),
-                "floor_stds": floor_stds,
-                **look_into_code(model, splits["test"], -floor),
-                **explained_variance(model, splits["test"], covariance),
-            }
-            with torch.no_grad():
-                samples[name] = model.sample(Noise.fixed(torch.arange(3000, device=args.device), seed=1))
+            curves[name] = fit(
+                model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+                path=out / "progress" / f"{name}.pt", resume=args.resume, run={"args": settings(args)}, name=name,
+            )  # fmt: skip
+            final[name] = measure(model, data_name, decoder_name, splits["test"])
             models[name] = model.cpu()
-    fig, axes = plt.subplots(4, 3, figsize=(11, 12), sharex=True)
-    for row, (name, curve) in zip(axes, curves.items(), strict=True):
-        draw_curves(row, curve, final[name]["floor_bpd"])
-        row[0].set_title(f"{name}: −ELBO, test {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
-    save_figure(fig, out / "curves.png")
-    fig, axes = plt.subplots(2, 4, figsize=(17, 7.5))
-    for column, (name, model) in zip(axes.T, models.items(), strict=True):
-        draw_evidence(column, name, model, tests[name.split("_")[0]][:3000], final[name])
-    fig.suptitle("Above: test points by the latent that costs most. Below: what the decoder makes of the prior")
-    save_figure(fig, out / "evidence.png")
-    plot_samples(samples, tests, final, out / "samples.png")
-    params = sum(p.numel() for model in models.values() for p in model.parameters())
-    metrics = {**describe_run("q1a", args, described, params), "curves": curves, "final": final}
     state = {name: model.state_dict() for name, model in models.items()}
-    write_results(out, metrics, write_report(metrics), state)
-    return metrics
+    save_checkpoint(out / "checkpoint.pt", {"script": "q1a", "args": settings(args), "state": state})
+    metrics = describe_run("q1a", args, described, *models.values()) | {"curves": curves, "final": final}
+    write_metrics(out, args, metrics)
+
+    failed: dict[str, str] = {}
+    with attempt("curves.png", failed):
+        plot_all_curves(curves, final, out / "curves.png")
+    with attempt("samples.png", failed), torch.no_grad():
+        samples = {name: model.sample(3000, fixed_noise("samples")) for name, model in models.items()}
+        plot_samples(samples, tests, final, out / "samples.png")
+    with attempt("evidence.png", failed):
+        plot_evidence(models, tests, final, out / "evidence.png")
+    return metrics, failed
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, out = parse_args("q1a", argv, DEFAULTS, SMOKE)
-    run_seeds(run, write_report, args, out)
+    parser = Parser("q1a")
+    parser.add_argument("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on")
+    args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
+    runs, failed = {}, {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        folder = out if seed == args.seed else out / f"seed_{seed}"
+        one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1})
+        runs[seed], failures = run(one, folder)
+        failed |= failures
+        if seed > args.seed:
+            write_report(folder, report(runs[seed]), failures)
+    metrics = runs[args.seed] | {"args": settings(args)}
+    if args.seeds > 1:
+        metrics["seeds"] = {seed: metrics_of_seed["final"] for seed, metrics_of_seed in runs.items()}
+    write_metrics(out, args, metrics | {"failed": failed})
+    write_report(out, report(metrics), failed)
 
 
-if __name__ == "__main__" and not in_notebook():
+if __name__ == "__main__" and not pasted_into_cell():
     launch(main)

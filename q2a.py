@@ -2,26 +2,138 @@
 
     p(z) = N(0, I) over 8 x 8 positions,   q(z|x) = N(mu(x), diag sigma(x)^2),   p(x|z) = N(mu(z), diag sigma(z)^2)
 
-on dequantised pixels, so that KL + decoder term bounds the code length of the 8-bit image (bits/dim, 3072 dimensions).
+    -log P(image) <= KL(q(z|x) || p(z)) + E_q[-log p(x|z)] + 3072 ln 128,   x = (levels + u) / 128 - 1,  u ~ U[0, 1)
+
+The right side bounds the code length of the 8-bit image in nats; divided by 3072 ln 2 it is in bits/dim.
 
     python q2a.py --epochs 20                  ->  results/q2a/report.md, on SVHN (downloaded)
     python q2a.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
-    python q2a.py --evaluate results/q2a/checkpoint.pt --data FILE.npz  ->  results/q2a/evaluate/metrics.json
+    python q2a.py --evaluate results/q2a/checkpoint.pt --data FILE.npz  ->  results/q2a/evaluate/report.md
 """
 
-import argparse
+from pathlib import Path
+from typing import Any
 
-from core import IMAGE_DEFAULTS, IMAGE_SMOKE, ImageVAE, StandardNormal, in_notebook, launch, parse_args, run_images
+from core import (  # before torch, whose import reads what core has set
+    CODECS, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bounds_table, check_prior,
+    codec_bits_per_dim, describe_run, evaluate_splits, evenly_spaced, fit, fixed_noise, launch, load_images,
+    load_trained, parse_args, pasted_into_cell, plot_curves, plot_images, prepare, prior_check_text, quantise,
+    settings, skipped_text, straight_lines, to_device, write_images, write_metrics, write_report,
+)  # fmt: skip
+
+import torch
+from torch import Tensor
+
+DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")
+SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic")
 
 
-def make_model(args: argparse.Namespace) -> ImageVAE:
-    return ImageVAE(args.latents, StandardNormal)
+def report(metrics: dict[str, Any]) -> str:
+    """The handout's deliverables in its order, every number from metrics."""
+    args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
+    codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
+    unfinished = "" if metrics["finished"] else "**Training was not finished**: its best weights so far."
+    return f"""# 2a: a convolutional VAE with a standard normal prior
+
+Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
+{metrics["params"]:,} parameters; {curves["epoch"][-1]:g} epochs in {curves["seconds"]:,.0f} s on
+{metrics["env"]["device"]}, {args["precision"]} training steps. {unfinished}
+
+## 1. The bound on train, validation and test
+
+![curves](curves.png)
+
+{bounds_table(metrics["final"])}
+
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z per image, ± one standard
+error over images; of train, as many images as validation has. Curves show the first images of each split. The weights
+are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_text(curves["skipped_steps"])}
+
+Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
+
+{prior_check_text(metrics.get("check_prior_nats"))}
+
+## 2. Samples
+
+![samples](samples.png)
+
+## 3. Interpolations
+
+![interpolations](interpolations.png)
+
+## Reconstructions
+
+![reconstructions](reconstructions.png)
+"""
+
+
+def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: int, failed: dict[str, str]) -> None:
+    """100 samples, interpolations between five pairs of test images, reconstructions; and --samples single images."""
+    with attempt("samples.png", failed):
+        x, mu = model.sample(100, fixed_noise("samples"))
+        panels = {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": quantise(x)}
+        plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
+    shown = evenly_spaced(test, 10)
+    codes = model.encoder(bin_centres(shown))[0]  # the posterior's means
+    with attempt("interpolations.png", failed):
+        steps = quantise(model.decoder(straight_lines(codes))[0])
+        panels = {"straight in z": between_ends(shown, steps)}
+        plot_images(panels, 12, f"{title}\ninterpolations, true test images at the ends", out / "interpolations.png")
+    with attempt("reconstructions.png", failed):
+        x, mu = model.decode(codes, fixed_noise("reconstructions"))
+        panels = {"test images": shown, "µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z)": quantise(x)}
+        name = f"{title}\ndecoded from the posterior's mean"
+        plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
+    with attempt("single samples", failed):
+        for first in range(0, samples, 100):
+            x, _ = model.sample(min(100, samples - first), fixed_noise("single samples", first))
+            write_images(quantise(x), out / "samples", first)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, out = parse_args("q2a", argv, IMAGE_DEFAULTS, IMAGE_SMOKE, images=True)
-    run_images("q2a", args, out, make_model, "2a: a convolutional VAE with a standard normal prior")
+    args, out = parse_args(ImageParser("q2a"), argv, DEFAULTS, SMOKE)
+    trained = load_trained(args, "q2a", ("latents",)) if args.evaluate else None
+
+    # 1. Data and model.
+    data = load_images(args)
+    splits = {name: x.to(args.device) for name, x in data.splits.items()}
+    prepare(out, images=True)
+    torch.manual_seed(args.seed)
+    model = to_device(ImageVAE(args.latents, StandardNormal), args, trained)
+
+    # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
+    if trained:
+        curves = trained["curves"]
+    else:
+        curves = fit(
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
+            run={"script": "q2a", "args": settings(args)},
+        )  # fmt: skip
+
+    # 3. Bounds, written before the figures are drawn.
+    metrics = describe_run("q2a", args, data.describe(), model) | {"curves": curves}
+    metrics["finished"] = trained is None or trained["finished"]
+    metrics["final"] = evaluate_splits(model, splits)
+    write_metrics(out, args, metrics)
+
+    # 4. Figures and checks, each of which may fail without the others.
+    model.eval()
+    failed: dict[str, str] = {}
+    title, bound = f"2a: standard normal prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
+    with attempt("curves.png", failed):
+        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png")
+    with torch.no_grad():
+        draw_figures(model, splits["test"], title, out, args.samples, failed)
+    with attempt("the check of the prior", failed):
+        metrics["check_prior_nats"] = check_prior(model.prior)
+    with attempt("codecs", failed):
+        metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(splits["test"][:1000], codec) for codec in CODECS}
+
+    # 5. Report.
+    write_metrics(out, args, metrics | {"failed": failed})
+    write_report(out, report(metrics), failed)
 
 
-if __name__ == "__main__" and not in_notebook():
+if __name__ == "__main__" and not pasted_into_cell():
     launch(main)

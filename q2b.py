@@ -1,164 +1,159 @@
 """Question 2b: the VAE of 2a with an autoregressive flow as its prior, and nothing else different.
 
-    z = f(eps):  z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i,  i over the 8 x 8 positions in raster order
+    z = f(eps):  z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i,  eps ~ N(0, I),  i over the 8 x 8 positions in raster order
                  with s and t from a shallow PixelCNN
     log p(z) = log N(eps; 0, I) + log |det d eps / d z| = log N(eps; 0, I) - sum_i s_i
+
+    -log P(image) <= E_q[log q(z|x) - log p(z)] + E_q[-log p(x|z)] + 3072 ln 128,   x = (levels + u) / 128 - 1
 
 (arXiv:1611.02731, equations 12 to 14). Same encoder, decoder, loss, seed and batches as 2a; the flow starts as the
 identity, so that training starts from the same bound. Does the prior make a difference, and why? Three experiments.
 
     python q2b.py --epochs 20                  ->  results/q2b/report.md, on SVHN (downloaded)
-    python q2b.py --epochs 20 --compare        ->  2a with the same arguments first, where its results are not there
+    python q2b.py --epochs 20 --compare        ->  2a with the same arguments first, unless its checkpoint is there
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
-    python q2b.py --evaluate results/q2b/checkpoint.pt --data FILE.npz  ->  results/q2b/evaluate/metrics.json
+    python q2b.py --evaluate results/q2b/checkpoint.pt --data FILE.npz  ->  results/q2b/evaluate/report.md
 """
 
 import argparse
-import json
+import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    IMAGE_DEFAULTS, IMAGE_SMOKE, FlowPrior, ImageVAE, Noise, StandardNormal, Terms, bits_per_dim, evaluate, fit,
-    in_notebook, information_bounds, kl_per_position, launch, load_checkpoint, normal_log_prob, parse_args,
-    plot_tiles, posteriors, run_images, save_figure, standard_error,
+    CODECS, FlowPrior, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bits_per_dim,
+    bounds_table, check_prior, codec_bits_per_dim, describe_run, differences, evaluate, evaluate_splits,
+    evenly_spaced, fail, fit, fixed_noise, kl_per_position, launch, load_images, load_trained, parse_args,
+    pasted_into_cell, plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, read_checkpoint,
+    save_figure, settings, skipped_text, standard_error, straight_lines, to_device, what_must_match, write_images,
+    write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-UNCOMPARED = ("out", "data_root", "compare", "evaluate", "clock")  # arguments in which 2a and 2b may differ
+DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")
+SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic")
 
-
-def make_2a(args: argparse.Namespace) -> ImageVAE:
-    return ImageVAE(args.latents, StandardNormal)
-
-
-def make_model(args: argparse.Namespace) -> ImageVAE:
-    return ImageVAE(args.latents, FlowPrior)
+# -------------------------------------------------------------------------------- what the prior changes: experiments
 
 
-def load_2a(args: argparse.Namespace, data: dict[str, Any] | None, folder: Path) -> tuple[ImageVAE | None, str]:
-    """2a's model, if its results in `folder` were made with these arguments and this data; else None and the reason."""
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-        theirs, their_data = metrics["args"], metrics["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, f"There are no results of 2a in {folder}."
-    differing = [k for k, v in theirs.items() if k not in UNCOMPARED and v != vars(args).get(k)]
-    if data is not None and their_data != data:
-        differing.append("data")
-    if differing:
-        return None, f"The results of 2a in {folder} were made with another {', '.join(differing)}: not compared."
-    model = make_2a(args)
-    model.load_state_dict(load_checkpoint(folder / "checkpoint.pt", "q2a")["state"])
-    return model.to(args.device), ""
+def model_of_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> tuple[ImageVAE | None, str]:
+    """2a's model, trained with these arguments on these data: found in `path` or, with --compare, trained here.
+
+    Else None, and the reason.
+    """
+    torch.manual_seed(args.seed)
+    model = to_device(ImageVAE(args.latents, StandardNormal), args)
+    run = {"script": "q2a", "args": settings(args, but=("compare",))}
+    if path.exists():
+        saved = read_checkpoint(path, ("must_match", "finished", "state"), "q2a")
+        differing = differences(saved["must_match"], what_must_match(run, model, splits))
+        if differing and args.compare:
+            fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
+        if differing:
+            return None, f"{path} is of a run with another {', '.join(differing)}: not compared."
+    elif not args.compare:
+        return None, f"There is no checkpoint of 2a in {path.parent}."
+    if args.compare:
+        print("2a, the same with the prior N(0, I):")
+        fit(
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            precision=args.precision, path=path, resume=True, run=run, name="2a",
+        )  # fmt: skip
+    elif not saved["finished"]:
+        return None, f"{path} is of a training that was not finished: not compared."
+    else:
+        model.load_state_dict(saved["state"])
+    return model.eval(), ""
 
 
-# ----------------------------------------------------------------------------------------------------- experiments
-
-
-class PriorOnly(nn.Module):
-    """A prior to be fitted to the aggregated posterior of a frozen encoder: Terms with the KL alone."""
-
-    def __init__(self, frozen: ImageVAE, prior: StandardNormal):
-        super().__init__()
-        self.frozen, self.prior = [frozen], prior  # in a list: its weights are not this module's
-
-    def forward(self, levels: Tensor, noise: Noise) -> Terms:
-        with torch.no_grad():
-            z, mu, log_std = self.frozen[0].posterior(self.frozen[0].to_x(levels, noise), noise)
-            log_q = normal_log_prob(z, mu, log_std)
-        return Terms(recon=torch.zeros_like(log_q), kl=log_q - self.prior.log_prob(z))
+def fit_flow_to_frozen_2a(
+    a: ImageVAE, args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, path: Path | None
+) -> ImageVAE:
+    """2a with encoder and decoder frozen and a flow, fitted to its codes, as the prior."""
+    fitted = copy.deepcopy(a)
+    fitted.encoder.requires_grad_(False)
+    fitted.decoder.requires_grad_(False)
+    torch.manual_seed(args.seed)
+    fitted.prior = FlowPrior(a.prior.latent_shape).to(args.device)
+    fit(
+        fitted, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, path=path,
+        precision=args.precision, resume=args.resume, run={"args": settings(args, but=("compare",))}, name="flow alone",
+    )  # fmt: skip
+    return fitted.eval()
 
 
 def neighbour_correlation(z: Tensor) -> dict[str, float]:
     """Mean over channels of |correlation| between a position and the one to its right, and below. z [N, C, H, W]."""
     z = (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)
     pairs = {"right": (z[..., :-1], z[..., 1:]), "below": (z[..., :-1, :], z[..., 1:, :])}
-    return {side: (a * b).mean((0, 2, 3)).abs().mean().item() for side, (a, b) in pairs.items()}
+    return {side: (one * other).mean((0, 2, 3)).abs().mean().item() for side, (one, other) in pairs.items()}
 
 
-def difference(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Mean of b - a over images and its standard error, from pairs. [N] nats each -> bits/dim."""
-    d = bits_per_dim(b - a, 3072)
-    return {"bpd": d.mean().item(), "se_bpd": standard_error(d)}
+def paired(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Mean over images of after - before and its standard error, bits/dim, from [N] nats each on the same images."""
+    change = bits_per_dim(after - before, 3072)
+    return {"bpd": change.mean().item(), "se_bpd": standard_error(change)}
 
 
-def experiments(
-    args: argparse.Namespace, a: ImageVAE, b: ImageVAE, splits: dict[str, Tensor], keep: Path | None
-) -> dict[str, Any]:
-    """What the flow prior changes (test, paired by image), and what it does to z. a: 2a's model, b: 2b's."""
-    x = splits["test"]
-    print("the flow prior alone, fitted to 2a's frozen encoder:")
-    torch.manual_seed(args.seed)
-    fitted = PriorOnly(a, FlowPrior(a.prior.latent_shape).to(args.device))
-    third = argparse.Namespace(**{**vars(args), "epochs": -(-args.epochs // 3)})
-    fit(fitted, splits, third, keep)
-    terms_a, terms_b, terms_fitted = (evaluate(m, x) for m in (a, b, fitted))
-    found: dict[str, Any] = {
-        "neg_elbo": difference(terms_a.neg_elbo, terms_b.neg_elbo), "kl": difference(terms_a.kl, terms_b.kl),
-        "recon": difference(terms_a.recon, terms_b.recon), "prior_alone": difference(terms_a.kl, terms_fitted.kl),
-        "rest": difference(terms_fitted.kl + terms_a.recon, terms_b.neg_elbo), "prior_alone_epochs": third.epochs,
-    }  # fmt: skip
-    for name, model, terms in (("2a", a, terms_a), ("2b", b, terms_b)):
-        z, mu, log_std = (torch.cat(t) for t in list(zip(*posteriors(model, x[:1000]), strict=True))[1:])
-        positions = [[bound.mean().item() for bound in information_bounds(*(t[:, :, i, j] for t in (z, mu, log_std)))]
-                     for i in range(8) for j in range(8)]  # fmt: skip
-        kl = bits_per_dim(terms.kl.mean().item(), 1)
-        information = [bits_per_dim(t.mean().item(), 1) for t in information_bounds(z, mu, log_std)]
-        found[name] = {
-            "kl_bits": kl, "information_images": len(z),
-            "information_bits": [information[0], min(information[1], kl)],  # the KL is an upper bound too
-            "information_sum_over_positions_bits": bits_per_dim(np.sum(positions, 0), 1).tolist(),
-            "correlation_z": neighbour_correlation(z),
-            "correlation_eps": neighbour_correlation(model.prior.z_to_eps(z)[0]),
-            "kl_per_position_bits": kl_per_position(model, x),
-        }  # fmt: skip
-    return found
+@torch.no_grad()
+def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor) -> dict[str, Any]:
+    """What the flow changes on test, paired by image, and what it does to z. a: 2a; fitted: the flow alone; b: 2b."""
+    of_a, of_fitted, of_b = (evaluate(model, test) for model in (a, fitted, b))
+    z_of_a, z_of_b = (torch.cat([z for _, z, _, _ in posteriors(model, test[:1000])]) for model in (a, b))
+    return {
+        "neg_elbo": paired(of_a.neg_elbo, of_b.neg_elbo),
+        "kl": paired(of_a.kl, of_b.kl),
+        "recon": paired(of_a.recon, of_b.recon),
+        "prior_alone": paired(of_a.kl, of_fitted.kl),
+        "rest": paired(of_fitted.neg_elbo, of_b.neg_elbo),
+        "kl_bits": {
+            name: bits_per_dim(terms.kl.mean().item(), 1)
+            for name, terms in (("2a", of_a), ("2a_fitted_flow", of_fitted), ("2b", of_b))
+        },
+        "correlation": {
+            "2a: z": neighbour_correlation(z_of_a),
+            "2b: z": neighbour_correlation(z_of_b),
+            "2b: ε": neighbour_correlation(b.prior.z_to_eps(z_of_b)[0]),
+        },
+        "correlation_by_chance": math.sqrt(2 / math.pi / (56 * len(z_of_b))),
+        "kl_per_position_bits": {name: kl_per_position(m, test).tolist() for name, m in (("2a", a), ("2b", b))},
+    }
 
 
-# --------------------------------------------------------------------------------------------------------- answers
-
-
-def plot_experiments(found: dict[str, Any], title: str, path: Path) -> None:
-    """(i) where the difference comes from; (ii) the KL and what it buys; (iii) KL by position; correlations."""
-    fig, axes = plt.subplots(1, 5, figsize=(17, 3.6))
+def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
+    """(i) where the difference comes from; (ii) what is in the KL; (iii) KL by position, correlation of neighbours."""
+    fig, axes = plt.subplots(1, 5, figsize=(17, 3.8), layout="constrained")
     bars = {"2b − 2a": found["neg_elbo"], "a better\nprior alone": found["prior_alone"], "the rest": found["rest"]}
     errors = [2 * bar["se_bpd"] for bar in bars.values()]
     axes[0].bar(list(bars), [bar["bpd"] for bar in bars.values()], yerr=errors, capsize=4, color="0.6")
     axes[0].axhline(0, color="k", lw=0.8)
     axes[0].set(title="(i) change of −ELBO, ± 2 s.e.", ylabel="bits/dim")
-    for k, name in enumerate(("2a", "2b")):
-        lower, upper = found[name]["information_bits"]
-        axes[1].bar(k, found[name]["kl_bits"], color="0.8", label="KL" if k else None)
-        axes[1].plot([k, k], [lower, upper], "k_-", markersize=12, label="I(x; z), between bounds" if k else None)
-    axes[1].set(
-        title="(ii) the KL, and I(x; z) in it", ylabel="bits per image", xticks=(0, 1), xticklabels=("2a", "2b")
-    )
+    kl = found["kl_bits"]
+    axes[1].bar(["2a", "2b"], [kl["2a_fitted_flow"], kl["2b"]], color="0.6", label="I(x; z) at most")
+    excess = kl["2a"] - kl["2a_fitted_flow"]
+    axes[1].bar(["2a"], [excess], bottom=[kl["2a_fitted_flow"]], color="0.85", label="distance from N(0, I), at least")
+    axes[1].set(title="(ii) what is in the KL", ylabel="bits per image", ylim=(0, 1.45 * max(kl.values())))
     axes[1].legend(fontsize=8)
-    top = max(np.max(found[name]["kl_per_position_bits"]) for name in ("2a", "2b"))
-    for ax, name in zip(axes[2:4], ("2a", "2b"), strict=True):
-        shown = ax.imshow(found[name]["kl_per_position_bits"], vmin=0, vmax=top, cmap="viridis")
+    top = max(np.max(bits) for bits in found["kl_per_position_bits"].values())
+    for ax, (name, bits) in zip(axes[2:4], found["kl_per_position_bits"].items(), strict=True):
+        shown = ax.imshow(bits, vmin=0, vmax=top, cmap="viridis")
         ax.set(title=f"(iii) {name}: KL by position, bits", xlabel="column", ylabel="row")
         fig.colorbar(shown, ax=ax, shrink=0.8)
-    series = (
-        ("2a: z", found["2a"]["correlation_z"]),
-        ("2b: z", found["2b"]["correlation_z"]),
-        ("2b: ε", found["2b"]["correlation_eps"]),
-    )
     for k, side in enumerate(("right", "below")):
-        axes[4].bar(
-            np.arange(3) + 0.4 * k - 0.2, [c[side] for _, c in series], 0.36, label=side, color=("0.3", "0.7")[k]
-        )
-    axes[4].set(title="(iii) |correlation| of neighbours", xticks=range(3), xticklabels=[name for name, _ in series])
+        heights = [correlation[side] for correlation in found["correlation"].values()]
+        axes[4].bar(np.arange(3) + 0.4 * k - 0.2, heights, 0.36, label=side, color=("0.3", "0.7")[k])
+    axes[4].set(title="(iii) |correlation| of neighbours", xticks=range(3), xticklabels=list(found["correlation"]))
     axes[4].legend(fontsize=8)
     fig.suptitle(title)
     save_figure(fig, path)
+
+
+# ------------------------------------------------------------------------------------------------- what the report says
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -168,95 +163,198 @@ def verdict(found: dict[str, Any]) -> str:
         clear = abs(change["bpd"]) > 2 * change["se_bpd"]
         return ("lowers" if change["bpd"] < 0 else "raises") if clear else "does not measurably change"
 
-    total, alone = found["neg_elbo"], found["prior_alone"]
-    text = f"""**The flow prior {shows(total)} −ELBO**: {total["bpd"]:+.4f} ± {total["se_bpd"]:.4f} bits/dim. Fitted
-afterwards to 2a's frozen encoder, a flow {shows(alone)} the KL: {alone["bpd"]:+.4f} ± {alone["se_bpd"]:.4f}, which is
-what a better prior alone is worth."""
+    total, alone, rest = found["neg_elbo"], found["prior_alone"], found["rest"]
+    text = f"""**The flow prior {shows(total)} −ELBO**: {total["bpd"]:+.4f} ± {total["se_bpd"]:.4f} bits/dim. A flow
+that was fitted afterwards to the codes of 2a's frozen encoder {shows(alone)} the KL: {alone["bpd"]:+.4f} ±
+{alone["se_bpd"]:.4f}. A better prior alone is worth at least that, as the flow may not be the best one."""
     if total["bpd"] < -2 * total["se_bpd"]:
-        rest = found["rest"]
-        text += f""" The rest, {rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}, is encoder and decoder making use of it:
-{found["recon"]["bpd"]:+.4f} in the decoder term, {found["kl"]["bpd"] - alone["bpd"]:+.4f} in the KL."""
+        text += f""" The rest, {rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}, is at most what encoder and decoder gain by
+being trained together with the flow: {found["recon"]["bpd"]:+.4f} in the decoder term,
+{found["kl"]["bpd"] - alone["bpd"]:+.4f} in the KL."""
     return text
 
 
-def report(found: dict[str, Any]) -> str:
+def comparison_text(found: dict[str, Any]) -> str:
     """The answer, the table of paired differences, and one paragraph for each experiment."""
-    names = {
-        "−ELBO": "neg_elbo",
-        "KL term": "kl",
-        "decoder term": "recon",
-        "KL, 2a's encoder with a flow": "prior_alone",
-    }
-    rows = "\n".join(f"| {name} | {found[k]['bpd']:+.4f} ± {found[k]['se_bpd']:.4f} |" for name, k in names.items())
-    a, b = found["2a"], found["2b"]
-    before, after = np.mean(list(b["correlation_z"].values())), np.mean(list(b["correlation_eps"].values()))
+    rows = {
+        "−ELBO": found["neg_elbo"], "KL term": found["kl"], "decoder term": found["recon"],
+        "KL, 2a's encoder with a flow": found["prior_alone"],
+    }  # fmt: skip
+    table = "\n".join(f"| {name} | {change['bpd']:+.4f} ± {change['se_bpd']:.4f} |" for name, change in rows.items())
+    kl, correlation = found["kl_bits"], found["correlation"]
+    before, after = (np.mean(list(correlation[name].values())) for name in ("2b: z", "2b: ε"))
     removes = "removes part of" if after < 0.9 * before else "does not remove"
-    information = "\n".join(
-        "| {} | {:,.0f} | {:,.1f} to {:,.0f} | {:,.0f} to {:,.0f} |".format(
-            name, f["kl_bits"], *f["information_bits"], *f["information_sum_over_positions_bits"]
-        )
-        for name, f in (("2a", a), ("2b", b))
-    )
-    chance = math.sqrt(2 / math.pi / (56 * b["information_images"]))
-    return f"""
-{verdict(found)}
+    return f"""{verdict(found)}
 
 | test, paired by image | change against 2a, bits/dim |
 |---|---|
-{rows}
+{table}
 
 Same data, arguments, batches and noise. ± one standard error over images; another seed is not in it.
 
-![experiments](experiments.png)
+![comparison](experiments.png)
 
-**(i)** As said above; epochs for which the flow was fitted: {found["prior_alone_epochs"]}.
+**(i) A better prior, or better codes?** The last row of the table against the first. The flow alone was fitted for
+{found["prior_alone_epochs"]} epochs.
 
-**(ii)** KL = I(x; z) + KL(q(z) || p(z)): what z tells about x, and how far the codes of all images together lie from
-the prior. Bounds on I(x; z) from {a["information_images"]} test images, in bits an image:
+**(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
+about its image, plus KL(q(z) || r), how far all codes together lie from r. With r = N(0, I) it is {kl["2a"]:,.0f} bits
+per image for 2a; with r the flow fitted to the same codes, {kl["2a_fitted_flow"]:,.0f} bits. So 2a's z tells at most
+{kl["2a_fitted_flow"]:,.0f} bits, and at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits of 2a's KL are no information
+but a distance between codes and prior. 2b's z tells at most {kl["2b"]:,.0f} bits.
 
-| model | KL | I(x; z) | sum over the 64 positions of each one's own information |
-|---|---|---|---|
-{information}
-
-The lower bound can never exceed log2 of the number of images, {math.log2(a["information_images"]):.1f} bits; the upper
-one is at most the KL. Codes of so many dimensions hardly overlap, and so few images cannot close the gap. Where the
-information is known, the bounds close on it (a linear-Gaussian model, in the tests).
-
-**(iii)** Neighbouring positions of z correlate by {before:.3f} in 2b; of ε, after the flow, by {after:.3f} (chance:
-about {chance:.3f}). The flow {removes} what is predictable from the neighbours.
+**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b; of ε, after the flow,
+by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}). The flow {removes} what is predictable from the
+neighbours.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)
 """
 
 
-def flags(add: Callable[..., Any]) -> None:
-    """The flag that only this script has."""
-    add("--compare", action="store_true", help="train 2a with the same arguments first, unless its results are there")
+def report(metrics: dict[str, Any], comparison: str) -> str:
+    """The handout's deliverables in its order, every number from metrics."""
+    args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
+    codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
+    unfinished = "" if metrics["finished"] else "**Training was not finished**: its best weights so far."
+    return f"""# 2b: the same VAE with an autoregressive flow prior
+
+Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
+{metrics["params"]:,} parameters; {curves["epoch"][-1]:g} epochs in {curves["seconds"]:,.0f} s on
+{metrics["env"]["device"]}, {args["precision"]} training steps. {unfinished}
+
+## 1. The bound on train, validation and test
+
+![curves](curves.png)
+
+{bounds_table(metrics["final"])}
+
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z per image, ± one standard
+error over images; of train, as many images as validation has. Curves show the first images of each split. The weights
+are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_text(curves["skipped_steps"])}
+
+Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
+
+{prior_check_text(metrics.get("check_prior_nats"))}
+
+## 2. Samples
+
+![samples](samples.png)
+
+## 3. Interpolations
+
+![interpolations](interpolations.png)
+
+## Reconstructions
+
+![reconstructions](reconstructions.png)
+
+## Does the autoregressive prior make a difference, and why?
+
+{comparison}
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: int, failed: dict[str, str]) -> None:
+    """100 samples, interpolations in z and in eps of five pairs of test images, reconstructions; single images."""
+    with attempt("samples.png", failed):
+        x, mu = model.sample(100, fixed_noise("samples"))
+        panels = {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": quantise(x)}
+        plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
+    shown = evenly_spaced(test, 10)
+    codes = model.encoder(bin_centres(shown))[0]  # the posterior's means
+    with attempt("interpolations.png", failed):
+        in_z = model.decoder(straight_lines(codes))[0]
+        eps = straight_lines(model.prior.z_to_eps(codes)[0])
+        in_eps = model.decoder(model.prior.eps_to_z(eps))[0]
+        panels = {
+            "straight in z": between_ends(shown, quantise(in_z)),
+            "straight in ε, the flow's noise": between_ends(shown, quantise(in_eps)),
+        }
+        name = f"{title}\ninterpolations, true test images at the ends"
+        plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
+    with attempt("reconstructions.png", failed):
+        x, mu = model.decode(codes, fixed_noise("reconstructions"))
+        panels = {"test images": shown, "µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z)": quantise(x)}
+        name = f"{title}\ndecoded from the posterior's mean"
+        plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
+    with attempt("single samples", failed):
+        for first in range(0, samples, 100):
+            x, _ = model.sample(min(100, samples - first), fixed_noise("single samples", first))
+            write_images(quantise(x), out / "samples", first)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, out = parse_args("q2b", argv, IMAGE_DEFAULTS, IMAGE_SMOKE, images=True, more=flags)
-    folder = out.with_name("q2a")
-    if args.compare and not args.evaluate and load_2a(args, None, folder)[0] is None:
-        run_images("q2a", args, folder, make_2a, "2a: a convolutional VAE with a standard normal prior")
+    parser = ImageParser("q2b")
+    parser.add_argument("--compare", action="store_true", help="train 2a with the same arguments first")
+    args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
+    trained = load_trained(args, "q2b", ("latents",)) if args.evaluate else None
 
-    def finish(model: ImageVAE, splits: dict[str, Tensor], metrics: dict[str, Any], out: Path) -> str:
-        heading = "\n## Does the autoregressive prior make a difference, and why?\n"
-        other, reason = load_2a(args, metrics["data"], folder)
-        if other is None:
-            return f"{heading}\n{reason} `python q2b.py --compare` trains 2a with the same arguments first.\n"
-        metrics["against_2a"] = found = experiments(args, other, model, splits, out / "progress" / "prior_alone.pt")
-        plot_experiments(found, f"2b against 2a, {metrics['data']['name']}", out / "experiments.png")
-        few = torch.arange(100, device=splits["test"].device)
-        panels = {}
-        for name, one in (("2a, N(0, I)", other), ("2b, flow", model)):
-            noise = Noise.fixed(few, seed=1)
-            panels[name] = list(one.to_images(one.prior.sample(noise), noise).values())[1]
-        plot_tiles(panels, 10, "100 samples x ~ p(x|z), the same ε for both priors", out / "samples_2a_2b.png")
-        return heading + report(found)
+    # 1. Data and models. 2a's comes first, so that a comparison that cannot be made is refused before training.
+    data = load_images(args)
+    splits = {name: x.to(args.device) for name, x in data.splits.items()}
+    prepare(out, images=True)
+    if trained:
+        model_a, reason = None, "Not compared with 2a, as nothing was trained."
+    else:
+        model_a, reason = model_of_2a(args, splits, out.with_name("q2a") / "checkpoint.pt")
+    torch.manual_seed(args.seed)
+    model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
 
-    run_images("q2b", args, out, make_model, "2b: the same VAE with an autoregressive flow prior", finish)
+    # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
+    if trained:
+        curves = trained["curves"]
+    else:
+        curves = fit(
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
+            run={"script": "q2b", "args": settings(args, but=("compare",))},
+        )  # fmt: skip
+
+    # 3. Bounds, written before the figures are drawn.
+    metrics = describe_run("q2b", args, data.describe(), model) | {"curves": curves}
+    metrics["finished"] = trained is None or trained["finished"]
+    metrics["final"] = evaluate_splits(model, splits)
+    write_metrics(out, args, metrics)
+
+    # 4. Figures and checks, each of which may fail without the others.
+    model.eval()
+    failed: dict[str, str] = {}
+    test = splits["test"]
+    title, bound = f"2b: flow prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
+    with attempt("curves.png", failed):
+        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png")
+    with torch.no_grad():
+        draw_figures(model, test, title, out, args.samples, failed)
+    with attempt("the check of the prior", failed):
+        metrics["check_prior_nats"] = check_prior(model.prior)
+    with attempt("codecs", failed):
+        metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
+
+    # 5. The experiments: 2a, 2a with a flow fitted to its codes, and 2b.
+    comparison = f"{reason} `python q2b.py --compare` trains 2a with the same arguments first."
+    if model_a:
+        comparison = "The comparison with 2a failed."
+        with attempt("the comparison with 2a", failed):
+            epochs = -(-args.epochs // 3)
+            fitted = fit_flow_to_frozen_2a(model_a, args, splits, epochs, out / "progress" / "flow_alone.pt")
+            metrics["against_2a"] = found = compare(model_a, fitted, model, test)
+            found["prior_alone_epochs"] = epochs
+            comparison = comparison_text(found)
+        with attempt("experiments.png", failed):
+            plot_comparison(metrics["against_2a"], f"2b against 2a, {data.name}", out / "experiments.png")
+        with attempt("samples_2a_2b.png", failed), torch.no_grad():
+            of_a, of_b = (m.sample(100, fixed_noise("samples"))[0] for m in (model_a, model))
+            panels = {"2a, N(0, I)": quantise(of_a), "2b, flow": quantise(of_b)}
+            name = out / "samples_2a_2b.png"
+            plot_images(panels, 10, "100 samples x ~ p(x|z), the same ε for both priors", name)
+
+    # 6. Report.
+    write_metrics(out, args, metrics | {"failed": failed})
+    write_report(out, report(metrics, comparison), failed)
 
 
-if __name__ == "__main__" and not in_notebook():
+if __name__ == "__main__" and not pasted_into_cell():
     launch(main)
