@@ -19,12 +19,12 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     CODECS, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d, StandardNormal, VAE,
-    at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_table, check_prior,
-    codec_bits_per_dim, describe_run, draw, evaluate_splits, evenly_spaced, fit, fixed_noise, float64_copy,
-    kl_per_position, launch, load_images, load_trained, number, parse_args, pasted_into_cell, plot_curves,
-    plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world, save_figure, settings,
-    skipped_text, standard_error, straight_lines, sum_dims, sum_over_processes, to_device, to_float64,
-    wavefront_slope, wavefronts, write_images, write_metrics, write_report,
+    at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_table, check_above,
+    check_prior, codec_bits_per_dim, describe_run, draw, evaluate, evaluate_splits, evenly_spaced, fit, fixed_noise,
+    float64_copy, floor_text, in_bits, kl_per_position, launch, load_images, load_trained, number, parse_args,
+    pasted_into_cell, plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world,
+    save_figure, settings, skipped_text, standard_error, straight_lines, sum_dims, sum_over_processes,
+    synthetic_floor, to_device, to_float64, wavefront_slope, wavefronts, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -268,7 +268,7 @@ def compare_receptive_fields(
             precision=args.precision, path=progress / f"{name.replace(', ', '_').replace(' ', '_')}.pt",
             resume=args.resume, run={"args": settings(args) | changes}, name=name,
         )  # fmt: skip
-        rows.append({**changes, "epochs": args.table_epochs, **evaluate_splits(model, splits)["test"]})
+        rows.append({**changes, "epochs": args.table_epochs, **in_bits(evaluate(model, splits["test"]), 3072)})
     return rows
 
 
@@ -375,7 +375,7 @@ are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_te
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 
 {prior_check_text(metrics.get("check_prior_nats"))}
-
+{floor_text(metrics.get("floor"))}
 ## 2. Samples
 
 ![samples](samples.png)
@@ -477,15 +477,23 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Bounds, written before the figures are drawn.
     metrics = describe_run("bonus", args, data.describe(), model) | {"curves": curves}
     metrics["finished"] = trained is None or trained["finished"]
-    metrics["final"] = evaluate_splits(model, splits)
+    terms = evaluate_splits(model, splits)
+    metrics["final"] = {name: in_bits(of_split, 3072) for name, of_split in terms.items()}
     write_metrics(out, args, metrics)
 
     # 4. Figures and checks, each of which may fail without the others.
     model.eval()
     failed: dict[str, str] = {}
+    if args.data == "synthetic":
+        with attempt("the floor", failed):
+            metrics["floor"] = floor = synthetic_floor(splits, terms["test"].neg_elbo)
+        with attempt("a bound that can be true", failed):
+            check_above(floor["excess_bpd"], floor["excess_se_bpd"])
     test, bound = splits["test"], metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(curves, f"bonus, {data.name}: test −ELBO {bound:.3f} bits/dim", out / "curves.png")
+        plot_curves(
+            curves, f"bonus, {data.name}: test −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor")
+        )
     draw_figures(model, data.name, splits, args, out, failed)
     with attempt("the check of the prior", failed):
         metrics["check_prior_nats"] = check_prior(model.prior)

@@ -673,7 +673,7 @@ def load_synthetic(root: Path, sizes: tuple[int, ...]) -> list[np.ndarray]:
     if whole and path.exists():
         return load_npz(path, 0)
     print(f"making {sum(sizes):,} synthetic images" + (f", kept in {path}" if whole else ""), flush=True)
-    images = np.concatenate([batch for batch, _, _ in synthetic_batches(0, sum(sizes))])
+    images = np.concatenate([images for images, _, _ in synthetic_batches(0, sum(sizes))])
     splits = np.split(images, np.cumsum(sizes)[:-1])
     if whole:
         make_folder(root)
@@ -681,22 +681,22 @@ def load_synthetic(root: Path, sizes: tuple[int, ...]) -> list[np.ndarray]:
     return splits
 
 
-def synthetic_batches(start: int, stop: int, seed: int = 0) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Images start..stop-1 of the stream that belongs to the seed, in batches: uint8 [n, 32, 32, 3], and of each its
+def synthetic_batches(start: int, stop: int, seed: int = 0) -> Iterator[tuple[np.ndarray, Tensor, dict[str, Tensor]]]:
+    """Images start..stop-1 of the stream that belongs to the seed, in batches: images uint8 [n, 32, 32, 3], their
 
-    picture before the noise [n, 3, 32, 32] and amount of noise [n], grey levels. What comes before is drawn, not made.
+    pictures before the noise [n, 3, 32, 32] in grey levels, and their scenes. What comes before is drawn, not rendered.
     """
     generator, atlas = torch.Generator().manual_seed(seed), digit_atlas()
     for first in range(0, stop, SYNTHETIC_BATCH):
-        scene = draw_scenes(SYNTHETIC_BATCH, generator)
+        scenes = draw_scenes(SYNTHETIC_BATCH, generator)
         common, own = (torch.randn(SYNTHETIC_BATCH, c, 32, 32, generator=generator) for c in (1, 3))
-        wanted = slice(max(0, start - first), stop - first)
         if start < first + SYNTHETIC_BATCH:
-            picture, amount = render(scene, atlas), torch.exp(math.log(1.8) + 0.5 * scene["z_amount"])
+            pictures = render(scenes, atlas)
             # Most of the noise is common to the three colours, a little is each colour's own.
-            image = picture + amount[:, None, None, None] * (common + 0.25 * own)
-            levels = image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            yield levels[wanted], picture[wanted], amount[wanted]
+            x = pictures + noise_amount(scenes)[:, None, None, None] * (common + 0.25 * own)
+            images = x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            wanted = slice(max(0, start - first), stop - first)
+            yield images[wanted], pictures[wanted], {name: numbers[wanted] for name, numbers in scenes.items()}
 
 
 def draw_scenes(n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -708,6 +708,11 @@ def draw_scenes(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         "u_contrast": (1,), "z_ink_tint": (3,), "z_light_x": (), "z_light_y": (), "u_blur": (1,), "z_amount": (),
     }  # fmt: skip
     return {name: kinds[name[0]](n, *shape, generator=generator) for name, shape in shapes.items()}
+
+
+def noise_amount(scenes: dict[str, Tensor]) -> Tensor:
+    """a, the standard deviation of the noise that a pixel's three colours share, [n], grey levels."""
+    return torch.exp(math.log(1.8) + 0.5 * scenes["z_amount"])
 
 
 def digit_atlas(size: int = 64) -> Tensor:
@@ -723,19 +728,19 @@ def digit_atlas(size: int = 64) -> Tensor:
     return torch.from_numpy(np.stack(atlas)).reshape(-1, 10, size, size)
 
 
-def render(scene: dict[str, Tensor], atlas: Tensor) -> Tensor:
+def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
     """The picture before its noise, [n, 3, 32, 32], grey levels, not clamped: a digit and parts of its neighbours."""
-    n = len(scene["u_font"])
+    n = len(scenes["u_font"])
 
     def between(low: float, high: float, name: str) -> Tensor:
-        return low + (high - low) * scene[name]
+        return low + (high - low) * scenes[name]
 
     # Place: a digit k steps to the right is the same affine picture, moved; all digits of a number share font and pose.
     font, digits = between(0, len(atlas), "u_font").long(), between(0, 10, "u_digits").long()
     scale, aspect = between(0.8, 1.35, "u_scale"), between(0.75, 1.3, "u_aspect")
-    slant, tilt, centre = 0.12 * scene["z_slant"], 0.08 * scene["z_tilt"], 0.06 * scene["z_centre"]
+    slant, tilt, centre = 0.12 * scenes["z_slant"], 0.08 * scenes["z_tilt"], 0.06 * scenes["z_centre"]
     step = between(0.95, 1.5, "u_step") * scale * aspect * 0.62
-    present = {-1: scene["u_left"] < 0.75, 0: torch.ones(n, dtype=torch.bool), 1: scene["u_right"] < 0.75}
+    present = {-1: scenes["u_left"] < 0.75, 0: torch.ones(n, dtype=torch.bool), 1: scenes["u_right"] < 0.75}
     cover = torch.zeros(n, 1, 32, 32)
     for k in (-1, 0, 1):
         x_row = torch.stack([1 / (scale * aspect), slant, -(centre[:, 0] + k * step) / (scale * aspect)], 1)
@@ -745,9 +750,9 @@ def render(scene: dict[str, Tensor], atlas: Tensor) -> Tensor:
         cover = torch.maximum(cover, glyph * present[k][:, None, None, None])
     # Colour and light: two nearly grey colours, and a linear gradient over the wall.
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
-    wall = (116 + 35 * scene["z_wall"]).clamp(15, 240) + 8 * scene["z_wall_tint"] + torch.tensor([-1.0, 0.0, 7.0])
-    ink = wall + torch.sign(scene["z_sign"]) * between(20, 130, "u_contrast") + 8 * scene["z_ink_tint"]
-    light_x, light_y = (scene[name][:, None, None] for name in ("z_light_x", "z_light_y"))
+    wall = (116 + 35 * scenes["z_wall"]).clamp(15, 240) + 8 * scenes["z_wall_tint"] + torch.tensor([-1.0, 0.0, 7.0])
+    ink = wall + torch.sign(scenes["z_sign"]) * between(20, 130, "u_contrast") + 8 * scenes["z_ink_tint"]
+    light_x, light_y = (scenes[name][:, None, None] for name in ("z_light_x", "z_light_y"))
     light = 1 + 0.12 * (light_x * x + light_y * y)[:, None]
     image = torch.lerp(wall[:, :, None, None], ink[:, :, None, None], cover) * light  # (n, 3, 32, 32)
     # Blur: a Gaussian of its own width for each image, as a grouped separable convolution.
@@ -756,6 +761,79 @@ def render(scene: dict[str, Tensor], atlas: Tensor) -> Tensor:
     image = F.pad(image, (4, 4, 4, 4), mode="replicate").reshape(1, 3 * n, 40, 40)
     image = F.conv2d(F.conv2d(image, kernel[:, :, None], groups=3 * n), kernel[..., None], groups=3 * n)
     return image.reshape(n, 3, 32, 32)
+
+
+def log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
+    """log P(low < X < high), X ~ N(0, 1), low < high, elementwise, nats; exact to either side, however far out.
+
+    By symmetry both ends are taken to the left, where log_ndtr keeps its digits; then the log of a difference.
+    """
+    mirrored = low + high > 0
+    low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
+    log_high = torch.special.log_ndtr(high)
+    return log_high + torch.log1p(-torch.exp(torch.special.log_ndtr(low) - log_high))
+
+
+def scene_log_prob(levels: Tensor, mean: Tensor, amount: Tensor, apart: bool = False, step: float = 0.125) -> Tensor:
+    """log P(levels | scene) of synthetic images, [B], nats. No model's log P(levels) is higher on average.
+
+    levels [B, 3, H, W], integers; mean, the same shape, as of `render`; amount a [B], as of `noise_amount`. Given the
+    scene, pixels are independent. A pixel's colours share a n, n ~ N(0, 1); given n they are independent,
+    N(mean + a n, (a / 4)^2), rounded and clamped to 0..255. So P(pixel) = integral N(n; 0, 1) prod_c P(level_c | n) dn:
+    a sum over points `step` apart, 7 to both sides of about the integrand's peak. The integrand is smooth on a scale of
+    1/7, whatever a is, so half the step changes the result by less than 1e-9 nats.
+
+    apart: each colour coded by itself, N(mean, (17/16) a^2): what a model pays that does not see what colours share.
+    """
+    a = amount.double()[:, None, None, None]
+    low = (torch.where(levels == 0, -math.inf, levels - 0.5) - mean.double()) / a
+    high = (torch.where(levels == 255, math.inf, levels + 0.5) - mean.double()) / a
+    if apart:
+        return sum_dims(log_normal_mass(low / math.sqrt(17 / 16), high / math.sqrt(17 / 16)))
+    points = step * torch.arange(-round(7 / step), round(7 / step) + 1).to(low)
+    peak = 16 / 49 * (low.clamp(min=0) + high.clamp(max=0)).sum(1)  # were each colour's level | n just out of reach
+    log_prob = []
+    for low_b, high_b, peak_b in zip(low, high, peak, strict=True):  # one image at a time: 1 MB per tensor
+        n = peak_b + points[:, None, None]  # (points, H, W)
+        log_joint = -(n**2) / 2 + math.log(step / math.sqrt(2 * math.pi))
+        for colour in range(3):
+            log_joint += log_normal_mass(4 * (low_b[colour] - n), 4 * (high_b[colour] - n))
+        log_prob.append(torch.logsumexp(log_joint, 0).sum())
+    return torch.stack(log_prob)
+
+
+SCENE_COST_BPD = 0.0463  # what the scene itself costs, at most: tests/tools/floor.py, results/published/floor.json
+
+
+def synthetic_floor(splits: dict[str, Tensor], neg_elbo: Tensor, most: int = 1000) -> dict[str, Any]:
+    """The floor of the first synthetic test images, and how far a model's neg_elbo [N], nats, is above it; bits/dim.
+
+    scene_known: the mean of -log P(levels | scene), the lower side; the upper side is SCENE_COST_BPD above it.
+    colours_apart: the same if each pixel's colours were coded apart. excess: of neg_elbo over scene_known, by image.
+    """
+    levels, start = splits["test"][:most].cpu(), len(splits["train"]) + len(splits["valid"])
+    known, apart, again = [], [], []
+    for images, pictures, scenes in synthetic_batches(start, start + len(levels)):
+        same = torch.from_numpy(images).permute(0, 3, 1, 2)
+        known.append(-scene_log_prob(same, pictures, noise_amount(scenes)))
+        apart.append(-scene_log_prob(same, pictures, noise_amount(scenes), apart=True))
+        again.append(same)
+    if (torch.cat(again).int() - levels.int()).abs().float().mean() > 1e-4:  # processors differ in a float's last digit
+        raise ValueError(f"these test images are not the synthetic ones from {start} on")
+    bits_known, bits_apart = (bits_per_dim(torch.cat(nats), levels[0].numel()) for nats in (known, apart))
+    excess = bits_per_dim(neg_elbo[: len(levels)], levels[0].numel()) - bits_known
+    return {
+        "images": len(levels),
+        "scene_known_bpd": bits_known.mean().item(), "scene_known_se_bpd": standard_error(bits_known),
+        "colours_apart_bpd": bits_apart.mean().item(),
+        "excess_bpd": excess.mean().item(), "excess_se_bpd": standard_error(excess),
+    }  # fmt: skip
+
+
+def check_above(excess: float, error: float) -> None:
+    """Raise ValueError if a bound is more than four standard errors below its floor: that is a defect of the code."""
+    if excess < -4 * error:
+        raise ValueError(f"a bound {-excess:.4f} ± {error:.4f} bits/dim below its floor: a defect, not a discovery")
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -790,10 +868,10 @@ def evaluation_batches(x: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
-def evaluate_splits(model: nn.Module, splits: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """`in_bits` of every split: all of validation and test, and of train as many examples as validation has."""
+def evaluate_splits(model: nn.Module, splits: dict[str, Tensor]) -> dict[str, Terms]:
+    """`evaluate` every split: all of validation and test, and of train as many examples as validation has."""
     cut = splits | {"train": splits["train"][: len(splits["valid"])]}
-    return {name: in_bits(evaluate(model, x), x[0].numel()) for name, x in cut.items() if len(x)}
+    return {name: evaluate(model, x) for name, x in cut.items() if len(x)}
 
 
 @torch.no_grad()
@@ -1213,10 +1291,14 @@ def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float
     axes[0].legend(fontsize=8)
 
 
-def plot_curves(curves: dict[str, Any], title: str, path: Path, **floors: Any) -> None:
-    """One model's curves, as `draw_curves` draws them."""
+def plot_curves(curves: dict[str, Any], title: str, path: Path, floor: dict[str, Any] | None = None) -> None:
+    """One model's curves, as `draw_curves` draws them, with a `synthetic_floor`."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
-    draw_curves(axes, curves, **floors)
+    floors = {}
+    if floor:
+        known, apart = floor["scene_known_bpd"], floor["colours_apart_bpd"]
+        floors = {"entropy": (known, known + SCENE_COST_BPD), "scene known, colours apart": (apart, apart)}
+    draw_curves(axes, curves, floors)
     fig.suptitle("\n".join(wrapped(title, 100)))
     save_figure(fig, path)
 
@@ -1279,6 +1361,28 @@ def bounds_table(final: dict[str, dict[str, float]]) -> str:
         for name, f in final.items()
     ]
     return "\n".join(["| split | −ELBO, bits/dim | KL term | decoder term |", "|---|---|---|---|", *rows])
+
+
+def floor_text(floor: dict[str, Any] | None) -> str:
+    """A report's section on the distance from the floor, for synthetic images; else nothing."""
+    if not floor:
+        return ""
+    known, apart = floor["scene_known_bpd"], floor["colours_apart_bpd"]
+    return f"""
+## How far from the floor
+
+| on the first {floor["images"]:,} test images | bits/dim |
+|---|---|
+| noise of the camera: the scene known | {known:.4f} ± {floor["scene_known_se_bpd"]:.4f} |
+| entropy, at most: and the scene paid for | {known + SCENE_COST_BPD:.4f} |
+| the scene known, but each pixel's three colours coded apart | {apart:.4f} |
+| this model's −ELBO | {known + floor["excess_bpd"]:.4f} |
+
+Of these bits, {known:.2f} are noise that no model can remove, and at most {SCENE_COST_BPD:.2f} say what the picture
+shows. The model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} bits/dim (paired by image) above the
+noise. A decoder whose colours know nothing of each other pays {apart - known:.2f} of it even with a perfect code,
+unless the code carries noise; the rest is what the code costs, what it misses, and training that could go on.
+"""
 
 
 def skipped_text(skipped: int) -> str:

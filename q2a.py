@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    CODECS, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bounds_table, check_prior,
-    codec_bits_per_dim, describe_run, evaluate_splits, evenly_spaced, fit, fixed_noise, launch, load_images,
-    load_trained, parse_args, pasted_into_cell, plot_curves, plot_images, prepare, prior_check_text, quantise,
-    settings, skipped_text, straight_lines, to_device, write_images, write_metrics, write_report,
+    CODECS, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bounds_table, check_above,
+    check_prior, codec_bits_per_dim, describe_run, evaluate_splits, evenly_spaced, fit, fixed_noise,
+    floor_text, in_bits, launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images,
+    prepare, prior_check_text, quantise, settings, skipped_text, straight_lines, synthetic_floor, to_device,
+    write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import torch
@@ -52,7 +53,7 @@ are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_te
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 
 {prior_check_text(metrics.get("check_prior_nats"))}
-
+{floor_text(metrics.get("floor"))}
 ## 2. Samples
 
 ![samples](samples.png)
@@ -114,15 +115,21 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Bounds, written before the figures are drawn.
     metrics = describe_run("q2a", args, data.describe(), model) | {"curves": curves}
     metrics["finished"] = trained is None or trained["finished"]
-    metrics["final"] = evaluate_splits(model, splits)
+    terms = evaluate_splits(model, splits)
+    metrics["final"] = {name: in_bits(of_split, 3072) for name, of_split in terms.items()}
     write_metrics(out, args, metrics)
 
     # 4. Figures and checks, each of which may fail without the others.
     model.eval()
     failed: dict[str, str] = {}
+    if args.data == "synthetic":
+        with attempt("the floor", failed):
+            metrics["floor"] = floor = synthetic_floor(splits, terms["test"].neg_elbo)
+        with attempt("a bound that can be true", failed):
+            check_above(floor["excess_bpd"], floor["excess_se_bpd"])
     title, bound = f"2a: standard normal prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png")
+        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, splits["test"], title, out, args.samples, failed)
     with attempt("the check of the prior", failed):

@@ -23,11 +23,11 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     CODECS, FlowPrior, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bits_per_dim,
-    bounds_table, check_prior, codec_bits_per_dim, describe_run, differences, evaluate, evaluate_splits,
-    evenly_spaced, fail, fit, fixed_noise, kl_per_position, launch, load_images, load_trained, parse_args,
-    pasted_into_cell, plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, read_checkpoint,
-    save_figure, settings, skipped_text, standard_error, straight_lines, to_device, what_must_match, write_images,
-    write_metrics, write_report,
+    bounds_table, check_above, check_prior, codec_bits_per_dim, describe_run, differences, evaluate,
+    evaluate_splits, evenly_spaced, fail, fit, fixed_noise, floor_text, in_bits, kl_per_position, launch,
+    load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images, posteriors, prepare,
+    prior_check_text, quantise, read_checkpoint, save_figure, settings, skipped_text, standard_error,
+    straight_lines, synthetic_floor, to_device, what_must_match, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -235,7 +235,7 @@ are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_te
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 
 {prior_check_text(metrics.get("check_prior_nats"))}
-
+{floor_text(metrics.get("floor"))}
 ## 2. Samples
 
 ![samples](samples.png)
@@ -316,16 +316,22 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Bounds, written before the figures are drawn.
     metrics = describe_run("q2b", args, data.describe(), model) | {"curves": curves}
     metrics["finished"] = trained is None or trained["finished"]
-    metrics["final"] = evaluate_splits(model, splits)
+    terms = evaluate_splits(model, splits)
+    metrics["final"] = {name: in_bits(of_split, 3072) for name, of_split in terms.items()}
     write_metrics(out, args, metrics)
 
     # 4. Figures and checks, each of which may fail without the others.
     model.eval()
     failed: dict[str, str] = {}
+    if args.data == "synthetic":
+        with attempt("the floor", failed):
+            metrics["floor"] = floor = synthetic_floor(splits, terms["test"].neg_elbo)
+        with attempt("a bound that can be true", failed):
+            check_above(floor["excess_bpd"], floor["excess_se_bpd"])
     test = splits["test"]
     title, bound = f"2b: flow prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png")
+        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, test, title, out, args.samples, failed)
     with attempt("the check of the prior", failed):

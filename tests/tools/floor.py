@@ -1,0 +1,208 @@
+"""Between which bounds the best possible bits/dim of the synthetic test images lies: into results/published/floor.json.
+
+    python tests/tools/floor.py               the full set: its first 1,000 test images
+    python tests/tools/floor.py --limit 4000  the set of --data synthetic --limit 4000: its 400
+
+Lower bound: the entropy of the images given their scenes s, the mean of -log P(x | s) (core.scene_log_prob). No model
+has a smaller mean -log p(x), since knowing s can only help. Upper bound: for any density q,
+
+    -log p(x) <= -E log (1/K) sum_k p(s_k) P(x | s_k) / q(s_k),    s_k ~ q,
+
+which a model reaches that knows the generator. This script reports the difference of the two, what the scene itself
+costs, over the first --scenes images, K = --draws. Here q is set up with the help of the image's own scene, which the
+inequality allows: it holds for every q. Font, digits, presence of neighbours and sign of the ink: q knows them, and
+they cost their log-probability. The other 19 coordinates: a normal around the own scene, or around one step of Fisher
+scoring from there. In coordinates in which the prior is N(0, I), its precision is I + Fisher information.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import core  # noqa: E402
+
+CHOICES = ("u_font", "u_digits", "u_left", "u_right", "z_sign")  # draws that only choose among finitely many
+WIDTHS = (1.0, 0.5, 0.2, 0.05)  # of q, in its standard deviations
+SMALL = 0.02  # step of the central differences, about one standard deviation of q
+
+
+class Scenes(NamedTuple):
+    """Synthetic images uint8 [n, 32, 32, 3], their pictures before the noise [n, 3, 32, 32], and their scenes."""
+
+    images: np.ndarray
+    means: Tensor
+    draws: dict[str, Tensor]
+
+
+def synthetic_scenes(start: int, stop: int, seed: int = 0) -> Scenes:
+    """Images start..stop-1 of the stream that belongs to the seed, with their scenes."""
+    images, means, draws = zip(*core.synthetic_batches(start, stop, seed), strict=True)
+    return Scenes(np.concatenate(images), torch.cat(means), {k: torch.cat([d[k] for d in draws]) for k in draws[0]})
+
+
+def choices_log_prob(draws: dict[str, Tensor]) -> Tensor:
+    """log p(font, digits that are present, presence, sign), [n], nats. An absent digit is integrated out, for free."""
+    left, right = draws["u_left"] < 0.75, draws["u_right"] < 0.75
+    log_prob = torch.full(left.shape, -math.log(8 * 10 * 2), dtype=torch.float64)
+    for present in (left, right):
+        log_prob += torch.where(present, math.log(0.75 / 10), math.log(0.25))
+    return log_prob
+
+
+def to_normal(draws: dict[str, Tensor]) -> Tensor:
+    """The continuous draws as coordinates xi [n, 19] whose prior is N(0, I); the last is the noise amount's."""
+    columns = []
+    for name, value in draws.items():
+        if name not in CHOICES:
+            value = value.double().reshape(len(value), -1)
+            columns.append(torch.special.ndtri(value.clamp(1e-6, 1 - 1e-6)) if name.startswith("u_") else value)
+    return torch.cat(columns, 1)
+
+
+def from_normal(xi: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inverts `to_normal`: n rows xi [n, 19] as draws, with the choices of the one scene `like`."""
+    draws, used = {}, 0
+    for name, value in like.items():
+        if name in CHOICES:
+            draws[name] = value.expand(len(xi), *value.shape[1:])
+            continue
+        width = value[0].numel()
+        part, used = xi[:, used : used + width], used + width
+        part = 0.5 * torch.erfc(part * -math.sqrt(0.5)) if name.startswith("u_") else part
+        draws[name] = part.float().reshape(len(xi), *value.shape[1:])
+    return draws
+
+
+class Image:
+    """One image: its log joint density in the coordinates xi, and normal approximations of p(xi | image)."""
+
+    def __init__(self, scenes: Scenes, index: int, atlas: Tensor):
+        self.levels = torch.from_numpy(scenes.images[index]).permute(2, 0, 1)[None]
+        self.draws = {name: value[index : index + 1] for name, value in scenes.draws.items()}
+        self.atlas = atlas
+        self.own = to_normal(self.draws)[0]
+        self.lower = -core.scene_log_prob(self.levels, scenes.means[[index]], core.noise_amount(self.draws)).item()
+
+    def log_likelihood(self, xi: Tensor) -> Tensor:
+        """log P(image | xi), xi [n, 19] -> [n], nats."""
+        draws = from_normal(xi, self.draws)
+        means, amounts = core.render(draws, self.atlas), core.noise_amount(draws)
+        return core.scene_log_prob(self.levels.expand(len(xi), -1, -1, -1), means, amounts)
+
+    def approximation(self) -> tuple[Tensor, Tensor]:
+        """One step of Fisher scoring from the own scene, [19], and I + Fisher information there, [19, 19].
+
+        With a^2 (11^T + I/16) + I/12 for the covariance of a pixel's colours (I/12: rounding), and without saturated
+        levels, of which a normal approximation knows nothing.
+        """
+        d = len(self.own)
+        steps = SMALL * torch.eye(d, dtype=torch.float64)
+        nearby = torch.cat([self.own[None], self.own + steps, self.own - steps])
+        draws = from_normal(nearby, self.draws)
+        means, a2 = core.render(draws, self.atlas).double(), core.noise_amount(draws)[0].double() ** 2
+        jacobian = (means[1 : d + 1] - means[d + 1 :]) / (2 * SMALL)  # [19, 3, 32, 32]
+        seen = ((self.levels > 0) & (self.levels < 255)).double()
+        alone = a2 / 16 + 1 / 12  # the part of a colour's variance that is its own
+        share = a2 / (alone + seen.sum(1, keepdim=True) * a2)
+        common = share * (seen * jacobian).sum(1, keepdim=True)
+        weighted = seen * (jacobian - common) / alone  # the inverse covariance times the Jacobian
+        information = weighted.flatten(1) @ jacobian.flatten(1).T
+        # The noise amount: d covariance / d log a has the covariance's eigenvectors; 1/2 sum of squared ratios.
+        ratios = (2 * a2 * (3 + 1 / 16) / (a2 * (3 + 1 / 16) + 1 / 12), 2 * (a2 / 16) / alone)
+        information[-1, -1] += (ratios[0] ** 2 + 2 * ratios[1] ** 2) / 2 * 0.5**2 * seen.sum() / 3
+        precision = torch.eye(d, dtype=torch.float64) + information
+        gradient = (weighted * (self.levels - means[0])).sum((1, 2, 3)) - self.own
+        up, down = self.log_likelihood(self.own + torch.stack([steps[-1], -steps[-1]])).tolist()
+        gradient[-1] += (up - down) / (2 * SMALL)
+        return self.own + torch.linalg.solve(precision, gradient), precision
+
+    def log_weights(self, centre: Tensor, precision: Tensor, width: float, noise: Tensor) -> Tensor:
+        """log p(xi) P(image | xi) / q(xi) at draws of q, made of noise [K, 19] ~ N(0, I). [K], nats.
+
+        q = N(centre, width^2 precision^-1); precision = L L^T, so L^-T noise has the covariance precision^-1.
+        """
+        root = torch.linalg.cholesky(precision)
+        xi = centre + width * torch.linalg.solve_triangular(root.T, noise.T, upper=True).T
+        log_q = -noise.square().sum(1) / 2 + root.diagonal().log().sum() - len(centre) * math.log(width)
+        return self.log_likelihood(xi) - xi.square().sum(1) / 2 - log_q  # the 2 pi of prior and q cancel
+
+    def scene_cost(self, draws: int, pilot: int, generator: torch.Generator, step: bool = True) -> tuple[float, str]:
+        """Upper bound minus -log P(image | own scene), nats, without the choices; and which q it took.
+
+        Centre and width are those that do best on `pilot` draws of their own.
+        """
+
+        def noise(n: int) -> Tensor:
+            return torch.randn(n, len(self.own), generator=generator, dtype=torch.float64)
+
+        scored, precision = self.approximation()
+        centres = {"own": self.own, "step": scored} if step else {"own": self.own}
+        tries = list(itertools.product(centres, WIDTHS))
+        trial = noise(pilot)
+        bounds = [core.iwae(self.log_weights(centres[c], precision, w, trial)[:, None]).item() for c, w in tries]
+        centre, width = tries[max(range(len(tries)), key=bounds.__getitem__)]
+        bound = core.iwae(self.log_weights(centres[centre], precision, width, noise(draws))[:, None]).item()
+        return -bound - self.lower, f"{centre} {width}"
+
+
+def summary(nats: Tensor) -> dict[str, float]:
+    """Mean over images, bits/dim, with its standard error."""
+    bits = core.bits_per_dim(nats.double(), 3072)
+    return {"bpd": bits.mean().item(), "se": core.standard_error(bits)}
+
+
+def floor(start: int, num: int, num_scenes: int, draws: int, pilot: int = 8, seed: int = 0) -> dict:
+    """Both bounds for synthetic images start..start+num-1 of the stream; the upper one from the first num_scenes."""
+    began = time.time()
+    scenes, atlas = synthetic_scenes(start, start + num), core.digit_atlas()
+    levels = torch.from_numpy(scenes.images).permute(0, 3, 1, 2)
+    result = {"first_image": start, "images": num}
+    given = (levels, scenes.means, core.noise_amount(scenes.draws))
+    result["scene_known"] = summary(-core.scene_log_prob(*given))
+    result["scene_known_colours_apart"] = summary(-core.scene_log_prob(*given, apart=True))
+    result["seconds_lower"] = round(time.time() - began, 1)
+    if num_scenes:
+        generator, costs, kinds = torch.Generator().manual_seed(seed), [], {}
+        choices = choices_log_prob(scenes.draws)[:num_scenes]
+        for index in range(num_scenes):
+            cost, kind = Image(scenes, index, atlas).scene_cost(draws, pilot, generator)
+            costs.append(cost)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        result |= {"scenes": num_scenes, "draws": draws, "q": dict(sorted(kinds.items()))}
+        result["scene_costs_at_most"] = summary(torch.tensor(costs) - choices)
+        result["of_this_choices"] = summary(-choices)
+        result["seconds"] = round(time.time() - began, 1)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, help="as in the scripts: the set whose test images are meant")
+    parser.add_argument("--images", type=int, default=1000, help="at most so many test images for the lower bound")
+    parser.add_argument("--scenes", type=int, default=96, help="so many of them for the upper bound")
+    parser.add_argument("--draws", type=int, default=16, help="importance-weighted draws of the upper bound")
+    args = parser.parse_args()
+    sizes = core.SVHN_SIZES if args.limit is None else (args.limit, *2 * [max(1, args.limit // 10)])
+    num = min(args.images, sizes[2])
+    with torch.no_grad():
+        found = floor(sizes[0] + sizes[1], num, min(args.scenes, num), args.draws)
+    path = ROOT / "results" / "published" / "floor.json"
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known["synthetic" if args.limit is None else f"synthetic, --limit {args.limit}"] = found
+    path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
