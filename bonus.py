@@ -44,8 +44,8 @@ DEFAULTS = dict(
     prior="flow",
     blind=1.0,
     free_bits=0.0,
-)
-SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic", table_epochs=1)
+)  # fmt: skip
+SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic", table_epochs=1)
 
 # ----------------------------------------------------------------------------------------- the pixel's distribution
 
@@ -264,7 +264,8 @@ def compare_receptive_fields(
         model = to_device(make_model(args, **changes), args)
         name = f"receptive field {receptive_field}" + (", no code" if latents == 0 else "")
         fit(
-            model, splits, epochs=args.table_epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            model, splits, epochs=args.table_epochs, batch_size=args.batch_size, lr=args.lr,
+            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed,
             precision=args.precision, path=progress / f"{name.replace(', ', '_').replace(' ', '_')}.pt",
             resume=args.resume, run={"args": settings(args) | changes}, name=name,
         )  # fmt: skip
@@ -469,7 +470,8 @@ def main(argv: list[str] | None = None) -> None:
         curves = trained["curves"]
     else:
         curves = fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed,
             precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
             run={"script": "bonus", "args": settings(args, but=("table_epochs",))},
         )  # fmt: skip

@@ -25,9 +25,10 @@ import traceback
 import urllib.error
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -76,7 +77,7 @@ def draw(
 def seed_of(*key: str | int) -> int:
     """One 32-bit seed from words and numbers, such as ("evaluation", seed, batch): numpy's SeedSequence mixes them."""
     numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
 def fixed_noise(*key: str | int) -> torch.Generator:
@@ -896,12 +897,59 @@ def kl_per_position(model: Any, levels: Tensor) -> Tensor:
     return bits_per_dim(summed / len(levels), 1)
 
 
-def one_cycle(done: float) -> float:
-    """Learning rate as a fraction of its peak: a linear rise over the first tenth, then half a cosine down to 0.
+SCHEDULES: dict[str, Callable[[float], float]] = {  # learning rate over its peak, from the fraction of training done
+    "constant": lambda done: 1.0,
+    "one-cycle": lambda done: done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9)),
+    "trapezoid": lambda done: min(1.0, done / 0.05, (1 - done) / 0.7),
+}
+HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")  # what the handout recommends: --handout
 
-    done: the fraction of training that lies behind.
+
+def orthogonalise(x: Tensor, iterations: int = 3) -> Tensor:
+    """x with its singular values moved near 1 and its singular vectors kept. [short, long] -> the same.
+
+    Newton-Schulz: x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are polynomials of
+    the first g, so the iteration needs [short, short] alone; q is the product of the factors.
     """
-    return done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
+    norm, identity = torch.linalg.matrix_norm(x).clamp_min(1e-20), torch.eye(len(x), dtype=x.dtype, device=x.device)
+    g, q = x @ x.T / norm**2, identity / norm
+    for _ in range(iterations):
+        factor = 3.4445 * identity - 4.7750 * g + 2.0315 * g @ g
+        g, q = factor @ g @ factor, q @ factor
+    return q @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m), of matrices w [a, b] or kernels [a, b, h, w] with Nesterov momentum m.
+
+    Adam moves a kernel mostly along the few directions that its gradients share; here every direction of the update
+    counts alike. K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    """
+
+    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(kernels, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        for kernel in group["params"]:
+            (a, b), gradient = kernel.shape[:2], kernel.grad
+            m = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
+            m.lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(m, group["momentum"])
+            update = update.transpose(0, 1) if a > b else update  # the smaller of a and b is alone on one side
+            update = orthogonalise(update.flatten(1)).view(update.shape)
+            update = update.transpose(0, 1) if a > b else update
+            kernel.sub_(update, alpha=group["lr"] * max(1, a / b) ** 0.5)
+
+
+def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """Adam; and, if muon_lr is not 0, Muon for what connects hidden layers: matrices, and kernels larger than 1x1."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 64 and p.shape[2:] != (1, 1)]
+    others = [p for p in learned if id(p) not in set(map(id, hidden))]
+    adam = torch.optim.Adam(others, lr=lr, fused=others[0].device.type in ("cpu", "cuda"))
+    return [adam, Muon(hidden, lr=muon_lr)] if hidden else [adam]
 
 
 @dataclass
@@ -921,24 +969,26 @@ class Progress:
 
 def fit(
     model: Any, splits: dict[str, Tensor], *, epochs: int, batch_size: int, lr: float, seed: int = 0,
-    precision: str = "fp32", kl_warmup: float = 0.0, path: Path | None = None, resume: bool = False,
-    run: dict[str, Any] | None = None, name: str = "",
+    muon_lr: float = 0.0, schedule: str = "one-cycle", precision: str = "fp32",
+    kl_weight: Callable[[float], float] = SCHEDULES["constant"], path: Path | None = None, resume: bool = False, run: dict[str, Any] | None = None,
+    name: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
 
-    lr: the peak of `one_cycle`. kl_warmup: the fraction of training over which the KL's weight rises from 0 to 1. At
-    about twenty steps the first examples of every split are evaluated (`looked_at`, `steps_to_look`); the best weights
-    are those with the lowest -ELBO on validation's. path: the checkpoint, written after each epoch and every minute.
-    With resume, training goes on from it, on a CPU to the same bits: order and noise of a step are functions of the
-    seed and the step alone. run: script and arguments, for the checkpoint. name: of the model, in what is printed.
+    lr and muon_lr: the schedule's peaks for Adam and for Muon (`make_optimisers`). kl_weight: the KL's weight in
+    training, from the fraction of training done. At about twenty steps the first examples of every split are evaluated
+    (`looked_at`, `steps_to_look`); the best weights are those with the lowest -ELBO on validation's. path: the
+    checkpoint, written after each epoch and every minute. With resume, training goes on from it, on a CPU to the same
+    bits: order and noise of a step are functions of the seed and the step alone. run: script and arguments, for the
+    checkpoint. name: of the model, in what is printed.
     """
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
     steps_per_epoch = whole_batches(len(train), batch_size)
     steps = epochs * steps_per_epoch
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
+    optimisers = make_optimisers(model, lr, muon_lr)
     now, order, must_match = Progress(), None, what_must_match(run or {}, model, splits) if path else {}
     if path and resume and path.exists():
-        now = load_progress(path, must_match, model, optimiser, steps)
+        now = load_progress(path, must_match, model, optimisers, steps)
     elif path:
         set_aside(path)
         make_folder(path.parent)
@@ -950,7 +1000,11 @@ def fit(
                 bar.clear()
                 look(now, model, looked_at(splits, epochs), now.step / steps_per_epoch, name)
             if path and (now.step % steps_per_epoch == 0 or time.monotonic() - saved > KEEP_SECONDS):
-                progress = {**vars(now), "weights": model.state_dict(), "optimiser": optimiser.state_dict()}
+                progress = {
+                    **vars(now),
+                    "weights": model.state_dict(),
+                    "optimisers": [o.state_dict() for o in optimisers],
+                }
                 best = {"state": now.best_weights, "curves": now.curves, "finished": now.step == steps}
                 save_checkpoint(path, {**(run or {}), **best, "must_match": must_match, "progress": progress})
                 saved = time.monotonic()
@@ -961,11 +1015,10 @@ def fit(
                 order = torch.randperm(len(train), generator=fixed_noise("order", seed, epoch)).to(device)
             batch = order[place * batch_size : (place + 1) * batch_size][rank::world]
             done = now.step / steps
-            for group in optimiser.param_groups:
-                group["lr"] = lr * one_cycle(done)
-            kl_weight = min(1.0, done / kl_warmup) if kl_warmup else 1.0
+            for optimiser, peak in zip(optimisers, (lr, muon_lr), strict=False):
+                optimiser.param_groups[0]["lr"] = peak * SCHEDULES[schedule](done)
             torch.manual_seed(seed_of("step", seed, now.step))
-            finite = train_step(model, optimiser, train[batch], precision, kl_weight)
+            finite = train_step(model, optimisers, train[batch], precision, kl_weight(done))
             now.step += 1
             now.skipped = now.skipped + ~finite
             now.skipped_in_a_row = (now.skipped_in_a_row + 1) * ~finite
@@ -1001,15 +1054,15 @@ def steps_to_look(steps: int) -> set[int]:
     return {round(steps * (k / 20) ** 2) for k in range(21)}
 
 
-def train_step(model: Any, optimiser: Any, x: Tensor, precision: str, kl_weight: float = 1.0) -> Tensor:
-    """One step of the optimiser on this process's share x of a batch. Gradients are clipped to norm 1.
+def train_step(model: Any, optimisers: list[Any], x: Tensor, precision: str, kl_weight: float = 1.0) -> Tensor:
+    """One step of the optimisers on this process's share x of a batch. Gradients are clipped to norm 1.
 
     If loss or gradients are not finite, the gradients are set to 0, so that nothing of this batch reaches the weights.
     Returns whether they were finite, [], on the device, so that nothing here waits for it.
     """
     with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         loss = model.loss(x, kl_weight)
-    optimiser.zero_grad()
+    model.zero_grad()
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     average_over_processes(gradients)
@@ -1017,7 +1070,8 @@ def train_step(model: Any, optimiser: Any, x: Tensor, precision: str, kl_weight:
     finite = torch.isfinite(norm + sum_over_processes(loss))
     for gradient in gradients:
         gradient.masked_fill_(~finite, 0)
-    optimiser.step()
+    for optimiser in optimisers:
+        optimiser.step()
     return finite
 
 
@@ -1093,8 +1147,8 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     return [f"{k} ({theirs.get(k)}, now {ours.get(k)})" if k.startswith("--") else k for k in differing]
 
 
-def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimiser: Any, steps: int) -> Progress:
-    """Set weights and optimiser to what the checkpoint holds, and return where it stands."""
+def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimisers: list[Any], steps: int) -> Progress:
+    """Set weights and optimisers to what the checkpoint holds, and return where it stands."""
     saved = read_checkpoint(path, ("progress", "must_match"))
     if differing := differences(saved["must_match"], must_match):
         fail(f"--resume: {path} is of a run with another {', '.join(differing)}; leave --resume out or mend it")
@@ -1102,7 +1156,8 @@ def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimiser:
     if state["step"] > steps:
         fail(f"--resume: {path} has {state['step']} steps behind it, more than the {steps} of --epochs; raise --epochs")
     model.load_state_dict(state.pop("weights"))
-    optimiser.load_state_dict(state.pop("optimiser"))
+    for optimiser, saved_state in zip(optimisers, state.pop("optimisers"), strict=True):
+        optimiser.load_state_dict(saved_state)
     print(f"going on from {path}, step {state['step']} of {steps}", flush=True)
     return Progress(**state)
 
@@ -1351,7 +1406,7 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
     """Single images, uint8 [N, 3, 32, 32], as PNG files 0000.png, 0001.png, ... from number `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        write_whole(folder / f"{first + k:04d}.png", lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
+        write_whole(folder / f"{first + k:04d}.png", partial(Image.fromarray(image).save, format="PNG"))
 
 
 def bounds_table(final: dict[str, dict[str, float]]) -> str:
@@ -1463,6 +1518,17 @@ def pasted_into_cell() -> bool:
     return os.path.basename(sys.argv[0]) in ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For question 1, whose networks are too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
     """A type for argparse: an int or a float, from low to high."""
 
@@ -1475,9 +1541,6 @@ def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str
     return parse
 
 
-THREADS = torch.get_num_threads()  # as torch chose, before question 1 sets it to 1
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, strict about abbreviations, with its errors in one line, and with the flags that all scripts have."""
 
@@ -1487,7 +1550,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
         add("--batch-size", type=number(int, 1, 10**9), help="examples per step")
-        add("--lr", type=number(float, 1e-9, 1), help="peak learning rate")
+        add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
         add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches and training noise")
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
         add("--out", default="results", help=f"results go to OUT/{script}")
@@ -1509,6 +1572,9 @@ class ImageParser(Parser):
         limit = "train on the first LIMIT images, validate and test on a tenth as many each"
         add("--limit", type=number(int, 20, 10**9), help=limit)
         add("--latents", type=number(int, least_latents, 4096), help="channels of z, 8 x 8 positions")
+        add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for hidden kernels; 0: Adam alone")
+        add("--schedule", choices=tuple(SCHEDULES), help="of both learning rates")
+        add("--handout", action="store_true", help="train as the handout recommends: Adam at a constant 2e-4")
         precision = "of training steps (auto: bf16 if the hardware multiplies it); reported bounds are fp32"
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
         evaluate = "train nothing: bounds, figures and report of a checkpoint, into OUT/<script>/evaluate"
@@ -1528,15 +1594,13 @@ def parse_args(
         argv = []
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if args.smoke:
-        parser.set_defaults(**smoke)
-        args = parser.parse_args(argv)
+    parser.set_defaults(**{**(HANDOUT if getattr(args, "handout", False) else {}), **(smoke if args.smoke else {})})
+    args = parser.parse_args(argv)
     script, images = parser.prog.removesuffix(".py"), isinstance(parser, ImageParser)
     out = Path(args.out) / ("smoke" if args.smoke else "") / script
     args.device = join_processes(choose_device(args.device), alone=not images)
     resumed = out / "checkpoint.pt" if args.resume else None
     args.precision = choose_precision(args.precision, args.device, resumed) if images else "fp32"
-    torch.set_num_threads(THREADS if images else 1)  # question 1's networks are too small to share out
     args.started = time.monotonic()
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings(args).items()), flush=True)
     return args, out / "evaluate" if getattr(args, "evaluate", None) else out

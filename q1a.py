@@ -16,7 +16,7 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     GaussianMLP, Parser, StandardNormal, VAE, attempt, bits_per_dim, describe_run, draw_curves, evaluate, fit,
-    fixed_noise, in_bits, iwae, launch, normal_log_prob, number, parse_args, pasted_into_cell, prepare,
+    fixed_noise, in_bits, iwae, launch, normal_log_prob, number, one_thread, parse_args, pasted_into_cell, prepare,
     save_checkpoint, save_figure, seeds_table, settings, skipped_text, split_points, standard_error, sum_dims,
     write_metrics, write_report,
 )  # fmt: skip
@@ -350,11 +350,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("q1a")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on")
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
-    runs, failed = {}, {}
+    runs: dict[int, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if seed == args.seed else out / f"seed_{seed}"
         one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1})
-        runs[seed], failures = run(one, folder)
+        with one_thread():
+            runs[seed], failures = run(one, folder)
         failed |= failures
         if seed > args.seed:
             write_report(folder, report(runs[seed]), failures)

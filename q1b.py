@@ -16,8 +16,8 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     GaussianMLP, Parser, StandardNormal, VAE, attempt, bits_per_dim, describe_run, draw_curves, evaluate, fit,
-    fixed_noise, in_bits, iwae, launch, number, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure,
-    seeds_table, settings, skipped_text, split_points, standard_error, write_metrics, write_report,
+    fixed_noise, in_bits, iwae, launch, number, one_thread, parse_args, pasted_into_cell, prepare, save_checkpoint,
+    save_figure, seeds_table, settings, skipped_text, split_points, standard_error, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -79,7 +79,7 @@ def best_start(splits: dict[str, Tensor], args: argparse.Namespace, progress: Pa
         model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
         curves = fit(
             model.to(args.device), splits, epochs=max(1, args.epochs // SHARE), batch_size=args.batch_size, lr=args.lr,
-            seed=args.seed * STARTS + k, kl_warmup=WARMUP, path=progress / f"start_{k + 1}.pt", resume=args.resume,
+            seed=args.seed * STARTS + k, kl_weight=lambda done: min(1.0, done / WARMUP), path=progress / f"start_{k + 1}.pt", resume=args.resume,
             run={"args": settings(args)}, name=f"start {k + 1} of {STARTS}",
         )  # fmt: skip
         starts.append((min(curves["valid"]["neg_elbo_bpd"]), k, model))
@@ -357,11 +357,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("q1b")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on")
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
-    runs, failed = {}, {}
+    runs: dict[int, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if seed == args.seed else out / f"seed_{seed}"
         one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1})
-        runs[seed], failures = run(one, folder)
+        with one_thread():
+            runs[seed], failures = run(one, folder)
         failed |= failures
         if seed > args.seed:
             write_report(folder, report(runs[seed]), failures)

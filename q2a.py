@@ -25,8 +25,8 @@ from core import (  # before torch, whose import reads what core has set
 import torch
 from torch import Tensor
 
-DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")
-SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic")
+DEFAULTS = dict(epochs=20, batch_size=16, lr=1e-3, muon_lr=0.02, schedule="trapezoid", latents=16, data="svhn")
+SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
 
 def report(metrics: dict[str, Any]) -> str:
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         curves = trained["curves"]
     else:
         curves = fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed,
             precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
             run={"script": "q2a", "args": settings(args)},
         )  # fmt: skip

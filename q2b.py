@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DEFAULTS = dict(epochs=20, batch_size=32, lr=1e-3, latents=16, data="svhn")
-SMOKE = dict(epochs=1, batch_size=16, lr=2e-4, limit=48, latents=4, data="synthetic")
+DEFAULTS = dict(epochs=20, batch_size=16, lr=1e-3, muon_lr=0.02, schedule="trapezoid", latents=16, data="svhn")
+SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
 # -------------------------------------------------------------------------------- what the prior changes: experiments
 
@@ -61,7 +61,8 @@ def model_of_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path)
     if args.compare:
         print("2a, the same with the prior N(0, I):")
         fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed,
             precision=args.precision, path=path, resume=True, run=run, name="2a",
         )  # fmt: skip
     elif not saved["finished"]:
@@ -81,7 +82,8 @@ def fit_flow_to_frozen_2a(
     torch.manual_seed(args.seed)
     fitted.prior = FlowPrior(a.prior.latent_shape).to(args.device)
     fit(
-        fitted, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, path=path,
+        fitted, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
+            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed, path=path,
         precision=args.precision, resume=args.resume, run={"args": settings(args, but=("compare",))}, name="flow alone",
     )  # fmt: skip
     return fitted.eval()
@@ -308,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
         curves = trained["curves"]
     else:
         curves = fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed,
             precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
             run={"script": "q2b", "args": settings(args, but=("compare",))},
         )  # fmt: skip
