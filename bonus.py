@@ -494,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     test, bound = splits["test"], metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
         plot_curves(
-            curves, f"bonus, {data.name}: test −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor")
+            curves, f"bonus, {data.name}\ntest −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor")
         )
     draw_figures(model, data.name, splits, args, out, failed)
     with attempt("the check of the prior", failed):

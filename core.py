@@ -920,7 +920,7 @@ def orthogonalise(x: Tensor, iterations: int = 3) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m), of matrices w [a, b] or kernels [a, b, h, w] with Nesterov momentum m.
+    """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
 
     Adam moves a kernel mostly along the few directions that its gradients share; here every direction of the update
     counts alike. K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
@@ -968,9 +968,9 @@ class Progress:
 
 
 def fit(
-    model: Any, splits: dict[str, Tensor], *, epochs: int, batch_size: int, lr: float, seed: int = 0,
-    muon_lr: float = 0.0, schedule: str = "one-cycle", precision: str = "fp32",
-    kl_weight: Callable[[float], float] = SCHEDULES["constant"], path: Path | None = None, resume: bool = False, run: dict[str, Any] | None = None,
+    model: Any, splits: dict[str, Tensor], *, epochs: int, batch_size: int, lr: float, muon_lr: float = 0.0,
+    schedule: str = "one-cycle", kl_weight: Callable[[float], float] = SCHEDULES["constant"], seed: int = 0,
+    precision: str = "fp32", path: Path | None = None, resume: bool = False, run: dict[str, Any] | None = None,
     name: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
@@ -1331,8 +1331,8 @@ def save_figure(fig: Any, path: Path) -> None:
 def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float, float]] | None = None) -> None:
     """-ELBO, KL and decoder term against the step, on three axes, bits/dim: train thin, validation and test bold.
 
-    floors: {label: (lower, upper side)} of what -ELBO is held against. The first hundredth of training is left out, as
-    its bounds would flatten the rest.
+    floors: {label: (lower, upper side)} of what -ELBO is held against. The highest fifth of the values may lie above
+    the axes: the first looks, and spikes, would flatten the rest.
     """
     thin, bold, dashed = dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--")
     steps = np.array(curves["step"])
@@ -1340,9 +1340,14 @@ def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float
     for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
         for split, style in zip(SPLITS, (thin, bold, dashed), strict=True):
             ax.plot(steps[late], np.array(curves[split][key])[late], label=split, marker=".", **style)
-        ax.set(title=title, xlabel="training step", ylabel="bits/dim", xscale="log" if steps[-1] else "linear")
-    for k, (label, (low, high)) in enumerate((floors or {}).items()):
-        axes[0].axhspan(low, high, color=("k", "0.6")[k], lw=1.2, ls=":", label=label)
+        drawn = floors if floors and ax is axes[0] else {}
+        for k, (label, (low, high)) in enumerate(drawn.items()):
+            ax.axhspan(low, high, color=("k", "0.6")[k], lw=1.2, ls=":", label=label)
+        values = np.array([curves[split][key] for split in SPLITS])
+        low, high = min([values.min(), *(low for low, _ in drawn.values())]), np.quantile(values, 0.8)
+        margin = 0.06 * (high - low) + 1e-3
+        ax.set(title=title, xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin))
+        ax.set_xscale("log" if steps[-1] else "linear")
     axes[0].legend(fontsize=8)
 
 

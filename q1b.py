@@ -79,8 +79,8 @@ def best_start(splits: dict[str, Tensor], args: argparse.Namespace, progress: Pa
         model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
         curves = fit(
             model.to(args.device), splits, epochs=max(1, args.epochs // SHARE), batch_size=args.batch_size, lr=args.lr,
-            seed=args.seed * STARTS + k, kl_weight=lambda done: min(1.0, done / WARMUP), path=progress / f"start_{k + 1}.pt", resume=args.resume,
-            run={"args": settings(args)}, name=f"start {k + 1} of {STARTS}",
+            kl_weight=lambda done: min(1.0, done / WARMUP), seed=args.seed * STARTS + k, resume=args.resume,
+            path=progress / f"start_{k + 1}.pt", run={"args": settings(args)}, name=f"start {k + 1} of {STARTS}",
         )  # fmt: skip
         starts.append((min(curves["valid"]["neg_elbo_bpd"]), k, model))
     return min(starts)[2]

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             check_above(floor["excess_bpd"], floor["excess_se_bpd"])
     title, bound = f"2a: standard normal prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
+        plot_curves(curves, f"{title}\ntest −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, splits["test"], title, out, args.samples, failed)
     with attempt("the check of the prior", failed):

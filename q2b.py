@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     test = splits["test"]
     title, bound = f"2b: flow prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(curves, f"{title}: test −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
+        plot_curves(curves, f"{title}\ntest −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, test, title, out, args.samples, failed)
     with attempt("the check of the prior", failed):
