@@ -8,7 +8,7 @@ not go through z: the smaller the receptive field, the more does (arXiv:1611.027
 
     python bonus.py --epochs 20                  ->  results/bonus/report.md, on SVHN (downloaded)
     python bonus.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
-    python bonus.py --evaluate results/bonus/checkpoint.pt --data FILE.npz  ->  results/bonus/evaluate/metrics.json
+    python bonus.py --evaluate results/bonus/checkpoint.pt --data FILE.npz  ->  results/bonus/evaluate/report.md
 """
 
 import argparse
@@ -20,11 +20,12 @@ from typing import Any
 from core import (  # before torch, whose import reads what core has set
     CODECS, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d, StandardNormal, VAE,
     at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_table, check_above,
-    check_prior, codec_bits_per_dim, describe_run, draw, evaluate, evaluate_splits, evenly_spaced, fit, fixed_noise,
-    float64_copy, floor_text, in_bits, kl_per_position, launch, load_images, load_trained, number, parse_args,
-    pasted_into_cell, plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world,
-    save_figure, settings, skipped_text, standard_error, straight_lines, sum_dims, sum_over_processes,
-    synthetic_floor, to_device, to_float64, wavefront_slope, wavefronts, write_images, write_metrics, write_report,
+    check_prior, codec_bits_per_dim, describe_run, evaluate, evaluate_splits, evenly_spaced, fit, fixed_noise,
+    float64_copy, floor_text, in_bits, kl_per_position, launch, load_images, load_trained, noise, number,
+    parse_args, pasted_into_cell, plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise,
+    rank_and_world, save_figure, settings, skipped_text, standard_error, straight_lines, sum_dims,
+    sum_over_processes, synthetic_floor, to_device, to_float64, training_text, wavefront_slope, wavefronts,
+    write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -35,17 +36,11 @@ from torch import Tensor, nn
 COMPONENTS = 10  # logistics in a pixel's mixture
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
 DEFAULTS = dict(
-    epochs=20,
-    batch_size=32,
-    lr=2e-3,
-    latents=16,
-    data="svhn",
-    receptive_field=3,
-    prior="flow",
-    blind=1.0,
-    free_bits=0.0,
+    epochs=20, batch_size=16, lr=1e-3, muon_lr=0.02, schedule="trapezoid", latents=16, data="svhn", receptive_field=3,
+    prior="flow", blind=1.0, free_bits=0.0,
 )  # fmt: skip
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic", table_epochs=1)
+
 
 # ----------------------------------------------------------------------------------------- the pixel's distribution
 
@@ -127,9 +122,9 @@ class DifferenceConv2d(MaskedConv2d):
         return kernel - self.mask * (kernel.sum((2, 3), keepdim=True) / self.num_taps)
 
 
-def average_of_neighbours(x: Tensor) -> Tensor:
-    """The mean of the pixels to the left and above, zeros outside the image. [B, 3, H, W] -> the same."""
-    return (F.pad(x, (1, 0))[..., :-1] + F.pad(x, (0, 0, 1, 0))[..., :-1, :]) / 2
+def sum_of_neighbours(x: Tensor) -> Tensor:
+    """The pixel to the left plus the pixel above, zeros outside the image. [B, C, H, W] -> the same."""
+    return F.pad(x, (1, 0))[..., :-1] + F.pad(x, (0, 0, 1, 0))[..., :-1, :]
 
 
 class LocalPixelCNN(nn.Module):
@@ -139,13 +134,16 @@ class LocalPixelCNN(nn.Module):
     3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen. Neighbouring
     pixels are nearly equal, and what is new is in their small differences. So the convolution sees differences only
     (the level itself enters through the average below), and the means are corrections to the average of the pixels
-    to the left and above, added in fp32: bf16's 8 bits would blur the levels.
+    to the left and above, added in fp32: bf16's 8 bits would blur the levels. At the image's border, the average is of
+    the neighbours that exist; a missing one counts as equal to it, not as the mid-grey of a zero; and `border`, a
+    masked convolution of ones, tells the network where it is.
     """
 
     def __init__(self, latent_channels: int, receptive_field: int):
         super().__init__()
         self.trunk = ConvDecoder(latent_channels, WIDTH).net if latent_channels else None
         self.first = DifferenceConv2d("A", 3, WIDTH, 2 * receptive_field + 1)
+        self.border = MaskedConv2d("A", 1, WIDTH, 2 * receptive_field + 1)
         self.level = nn.Conv2d(3, WIDTH, 1)
         blocks, last = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)], nn.Conv2d(WIDTH, 10 * COMPONENTS, 1)
         self.rest = nn.Sequential(*blocks, nn.ReLU(), last)
@@ -158,10 +156,22 @@ class LocalPixelCNN(nn.Module):
         """[B, C, 8, 8] -> [B, WIDTH, 32, 32]; zeros if there is no code."""
         return self.trunk(z) if self.trunk else z.new_zeros(len(z), WIDTH, 32, 32)
 
+    def at_the_border(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What depends on the place alone, in x's type: number of neighbours [1, 1, 32, 32], 1 in the corner too; the
+
+        sum of `first`'s taps within the image, for each colour, [3, WIDTH, 32, 32]; and `border` [1, WIDTH, 32, 32].
+        """
+        ones = x.new_ones(1, 1, 32, 32)
+        colours = torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None] * ones  # (3, 3, 32, 32)
+        taps = F.conv2d(colours, self.first.kernel(), padding=self.first.padding)
+        return sum_of_neighbours(ones).clamp(min=1), taps, self.border(ones)
+
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """x [B, 3, 32, 32] in [-1, 1], `features` of z [B, WIDTH, 32, 32] -> [B, 10 K, 32, 32]."""
-        average = average_of_neighbours(x)
-        return add_to_means(self.rest(self.first(GAIN * x) + self.level(average) + features), average)
+        number, taps, border = self.at_the_border(x)
+        average = sum_of_neighbours(x) / number
+        seen = self.first(GAIN * x) - torch.einsum("cohw,bchw->bohw", taps, GAIN * average)
+        return add_to_means(self.rest(seen + border + self.level(average) + features), average)
 
     @torch.no_grad()
     def sample(self, z: Tensor, u: Tensor, slope: int | None = None) -> Tensor:
@@ -170,14 +180,14 @@ class LocalPixelCNN(nn.Module):
         One anti-diagonal after the other (see `wavefronts`), at the new positions only, in float64: any slope that is
         large enough draws the same levels.
         """
-        first, level, rest = (float64_copy(net) for net in (self.first, self.level, self.rest))
         features, u64 = to_float64(self.features(z)), to_float64(u) + 2.0**-25  # to the middle of its 24-bit bin
-        x = features.new_zeros(len(z), 3, 32, 32)
+        net, x = float64_copy(self), features.new_zeros(len(z), 3, 32, 32)
+        number, taps, border = net.at_the_border(x)
         for i, j in wavefronts(32, 32, slope or wavefront_slope(self), x.device):
-            padded = F.pad(x, (1, 0, 1, 0))  # position (i, j) is at (i + 1, j + 1)
-            mean = ((padded[:, :, i + 1, j] + padded[:, :, i, j + 1]) / 2)[..., None]  # (B, 3, P, 1)
-            h = first.at(GAIN * x, i, j) + level(mean) + features[:, :, i, j, None]  # (B, WIDTH, P, 1)
-            x[:, :, i, j] = mixture_sample(add_to_means(rest(h), mean), u64[:, :, i, j, None])[..., 0]
+            average = (sum_of_neighbours(x) / number)[:, :, i, j, None]  # (B, 3, P, 1)
+            seen = net.first.at(GAIN * x, i, j) - torch.einsum("cop,bcpq->bopq", taps[:, :, i, j], GAIN * average)
+            h = seen + border[:, :, i, j, None] + net.level(average) + features[:, :, i, j, None]  # (B, WIDTH, P, 1)
+            x[:, :, i, j] = mixture_sample(add_to_means(net.rest(h), average), u64[:, :, i, j, None])[..., 0]
         return quantise(x).to(z.device)
 
 
@@ -236,7 +246,7 @@ class LossyVAE(VAE):
     def draw_levels(self, z: Tensor, *noise_key: Any, same: bool = False) -> Tensor:
         """x ~ p(x|z), uint8 [B, 3, 32, 32]; `same` noise for all of them, or each its own."""
         shape = (1 if same else len(z), COMPONENTS + 3, 32, 32)
-        return self.decoder.sample(z, draw(torch.rand, shape, z.device, fixed_noise(*noise_key)))
+        return self.decoder.sample(z, noise(torch.rand, shape, z.device, fixed_noise(*noise_key)))
 
 
 SHAPE = ("latents", "receptive_field", "prior", "blind", "free_bits")  # flags that make a model
@@ -344,24 +354,21 @@ def code_text(metrics: dict[str, Any]) -> str:
     bound = metrics["final"]["test"]["neg_elbo_bpd"]
     return f"""**The code {used}**: decoded from another image's z, the decoder term rises by {cost:.4f} ± {error:.4f}
 bits/dim (the first 4,000 test images, at most), which is {3072 * cost:,.0f} bits per image. The code of a test image
-holds {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position of the 8 x 8 grid costs
-{min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the prior. The remedies, in
-training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours, so that z has to hold the
-picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not charged for, here
+holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position of the 8 x 8 grid
+costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the prior. The remedies,
+in training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours, so that z has to hold
+the picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not charged for, here
 {args["free_bits"]:g}."""
 
 
 def report(metrics: dict[str, Any], code: str, table: str) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
+    args, curves = metrics["args"], metrics["curves"]
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
-    unfinished = "" if metrics["finished"] else "**Training was not finished**: its best weights so far."
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
 
 Receptive field {args["receptive_field"]}, {args["prior"]} prior.
-Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
-{metrics["params"]:,} parameters; {curves["epoch"][-1]:g} epochs in {curves["seconds"]:,.0f} s on
-{metrics["env"]["device"]}, {args["precision"]} training steps. {unfinished}
+{training_text(metrics)}
 
 ## 1. The bound on train, validation and test
 
@@ -370,8 +377,8 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 {bounds_table(metrics["final"])}
 
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z per image, ± one standard
-error over images; of train, as many images as validation has. Curves show the first images of each split. The weights
-are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_text(curves["skipped_steps"])}
+error over images; of train, the first images, as many as validation has. Curves show fewer of each split. The weights
+are those of epoch {curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
 
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 
@@ -512,11 +519,10 @@ def main(argv: list[str] | None = None) -> None:
     table_epochs = -(-args.epochs // 5) if args.table_epochs is None else args.table_epochs
     metrics["receptive_fields"] = []
     if table_epochs and not trained:
-        args.table_epochs = table_epochs
+        args.table_epochs, table = table_epochs, "The experiment failed."
         with attempt("the receptive-field table", failed):
             metrics["receptive_fields"] = compare_receptive_fields(args, splits, out / "progress")
             table = table_text(metrics["receptive_fields"])
-        with attempt("receptive_fields.png", failed):
             plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
 
     # 6. Report.

@@ -60,7 +60,7 @@ class Terms(NamedTuple):
         return self.recon + self.kl
 
 
-def draw(
+def noise(
     kind: Callable[..., Tensor], shape: tuple[int, ...], device: Any, generator: torch.Generator | None = None
 ) -> Tensor:
     """Noise of the given shape [B, ...] on the device; kind is torch.randn or torch.rand.
@@ -69,7 +69,7 @@ def draw(
     from the device's global generator; of several processes each draws for the whole batch and keeps its share.
     """
     if generator is not None:
-        return kind(shape, generator=generator).to(device)
+        return kind(shape, generator=generator, device="cpu").to(device)
     rank, world = rank_and_world()
     return kind((shape[0] * world, *shape[1:]), device=device)[rank::world]
 
@@ -152,7 +152,7 @@ class Prior(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """z ~ p(z), [n, *latent_shape]."""
-        return self.eps_to_z(draw(torch.randn, (n, *self.latent_shape), self.zeros.device, generator))
+        return self.eps_to_z(noise(torch.randn, (n, *self.latent_shape), self.zeros.device, generator))
 
 
 class StandardNormal(Prior):
@@ -203,9 +203,9 @@ def quantise(x: Tensor) -> Tensor:
 
 
 def density_to_levels(log_p_x: Tensor, num_dims: int) -> Tensor:
-    """From a log density of x to a lower bound on the log-probability of the integer levels. [B] -> [B], nats.
+    """From a log density of x to that of v = levels + u, whose mean over u bounds log P(levels). [B] -> [B], nats.
 
-    With v = levels + u = 128 (x + 1), p(v) = p(x) / 128 per dimension, so log p(v) = log p(x) - num_dims ln 128; and
+    v = 128 (x + 1), so p(v) = p(x) / 128 per dimension and log p(v) = log p(x) - num_dims ln 128; and
     E_u log p(v) <= log P(levels) by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1).
     """
     return log_p_x - num_dims * math.log(PIXEL_SCALE)
@@ -255,7 +255,7 @@ class VAE(nn.Module):
     def posterior(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """z = mu + std eps ~ q(z|x), and q's mean and log std, each [B, *latent_shape]."""
         mu, log_std = self.encoder(x)
-        return mu + torch.exp(log_std) * draw(torch.randn, tuple(mu.shape), mu.device, generator), mu, log_std
+        return mu + torch.exp(log_std) * noise(torch.randn, tuple(mu.shape), mu.device, generator), mu, log_std
 
     def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
         """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
@@ -278,7 +278,7 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """x ~ p(x|z) and the decoder's mean mu(z), each [B, ...]."""
         mu, log_std = self.decoder(z)
-        return mu + torch.exp(log_std) * draw(torch.randn, tuple(mu.shape), mu.device, generator), mu
+        return mu + torch.exp(log_std) * noise(torch.randn, tuple(mu.shape), mu.device, generator), mu
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """z ~ p(z), decoded: x ~ p(x|z) and mu(z) at the same z, each [n, ...]."""
@@ -298,7 +298,7 @@ class ImageVAE(VAE):
 
     def to_x(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x = (levels + u) / 128 - 1 with u ~ U[0, 1). uint8 [B, 3, 32, 32] -> float of that shape."""
-        return dequantise(levels, draw(torch.rand, tuple(levels.shape), levels.device, generator))
+        return dequantise(levels, noise(torch.rand, tuple(levels.shape), levels.device, generator))
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
         """The normal's log density at x, as a bound on the levels' log-probability (`density_to_levels`). [B], nats."""
@@ -532,19 +532,22 @@ def float64_copy(net: Any) -> Any:
 
 
 def check_prior(prior: Prior) -> float:
-    """How far log_prob is from log N(eps; 0, I) + log |det d eps / d z| at a z that the prior drew; nats, about 0.
+    """How far a prior is from what its definition says, at one z that it draws; 0 up to rounding.
 
-    Computed by other means: torch.distributions and autograd's Jacobian, in float64. A log-determinant that was
-    dropped, or a prior of the wrong variance, cannot pass.
+    The larger of |z_to_eps(eps_to_z(eps)) - eps| and, in nats, |log_prob(z) - log N(eps; 0, I) - log |det d eps / d z||,
+    with torch.distributions and autograd's Jacobian, in float64. A log-determinant that was dropped, a prior of the
+    wrong variance, or samples of another density cannot pass.
     """
     prior = float64_copy(prior)
-    z = to_float64(prior.sample(1, fixed_noise("check")))
-    if not z.numel():
+    eps = noise(torch.randn, (1, *prior.latent_shape), prior.zeros.device, fixed_noise("check")).to(prior.zeros)
+    if not eps.numel():
         return 0.0
-    jacobian = torch.func.jacrev(lambda z: prior.z_to_eps(z)[0], chunk_size=256)(z).reshape(z.numel(), z.numel())
-    eps = prior.z_to_eps(z)[0]
+    z = prior.eps_to_z(eps)
+    jacobian = torch.func.jacrev(lambda z: prior.z_to_eps(z)[0], chunk_size=256)(z).view(z.numel(), z.numel())
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(eps).sum() + torch.linalg.slogdet(jacobian)[1]
-    return (prior.log_prob(z) - expected).abs().item()
+    with torch.no_grad():
+        inverse = (prior.z_to_eps(z)[0] - eps).abs().max()
+        return torch.maximum(inverse, (prior.log_prob(z) - expected).abs().max()).item()
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -890,7 +893,7 @@ def kl_per_position(model: Any, levels: Tensor) -> Tensor:
 
     Summed over positions it is the KL term, up to rounding. levels uint8 [N, 3, 32, 32].
     """
-    summed = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64)
+    summed = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64, device="cpu")
     for _, z, mu, log_std in posteriors(model, levels):
         kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.mean_and_log_std(z))
         summed += kl.sum((0, 1)).cpu().double()
@@ -906,7 +909,7 @@ HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")  # what
 
 
 def orthogonalise(x: Tensor, iterations: int = 3) -> Tensor:
-    """x with its singular values moved near 1 and its singular vectors kept. [short, long] -> the same.
+    """x with its singular values moved towards 1 and its singular vectors kept. [short, long] -> the same.
 
     Newton-Schulz: x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are polynomials of
     the first g, so the iteration needs [short, short] alone; q is the product of the factors.
@@ -1012,7 +1015,7 @@ def fit(
                 break
             epoch, place = divmod(now.step, steps_per_epoch)
             if place == 0 or order is None:
-                order = torch.randperm(len(train), generator=fixed_noise("order", seed, epoch)).to(device)
+                order = torch.randperm(len(train), generator=fixed_noise("order", seed, epoch), device="cpu").to(device)
             batch = order[place * batch_size : (place + 1) * batch_size][rank::world]
             done = now.step / steps
             for optimiser, peak in zip(optimisers, (lr, muon_lr), strict=False):
@@ -1131,7 +1134,7 @@ def average_over_processes(tensors: list[Tensor]) -> None:
 # Checkpoints: one file per training, always whole. It holds what the script hands to `fit` (its name, its arguments),
 # the best weights so far as `state`, the curves, whether training is finished, and what --resume needs.
 
-FREE_ARGS = {"epochs", "resume", "out", "data", "data_root", "evaluate", "samples", "seeds", "device"}  # on --resume
+FREE_ARGS = {"epochs", "out", "data", "data_root", "evaluate", "samples", "seeds", "device"}  # may differ on --resume
 
 
 def what_must_match(run: dict[str, Any], model: Any, splits: dict[str, Tensor]) -> dict[str, Any]:
@@ -1184,7 +1187,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
 def load_trained(args: argparse.Namespace, script: str, flags: tuple[str, ...]) -> dict[str, Any]:
     """The checkpoint that --evaluate names: curves, weights (state), finished. Its flags that shape the model hold."""
     saved = read_checkpoint(Path(args.evaluate), ("args", "state", "curves", "finished"), script)
-    vars(args).update({name: saved["args"][name] for name in flags})
+    vars(args).update({name: saved["args"][name] for name in (*flags, "seed")})  # the seed may split the data
     return saved
 
 
@@ -1286,9 +1289,9 @@ def write_report(out: Path, report: str, failed: dict[str, str]) -> None:
     missing = "".join(f"**Missing: {what}.** {reason}\n\n" for what, reason in failed.items())
     title, rest = report.split("\n\n", 1)
     write_whole(out / "report.md", lambda file: file.write(f"{title}\n\n{missing}{rest}".encode()))
-    print(f"wrote {out / 'report.md'}, its figures, metrics.json and checkpoint.pt")
+    print(f"wrote {out / 'report.md'}, its figures and metrics.json")
     if failed:
-        fail(f"missing: {', '.join(failed)}; the same command with --resume makes up for it without training", 1)
+        fail(f"missing: {', '.join(failed)}; once mended, the same command with --resume adds it without training", 1)
 
 
 def describe_run(script: str, args: argparse.Namespace, data: dict[str, Any], *models: nn.Module) -> dict[str, Any]:
@@ -1446,8 +1449,23 @@ unless the code carries noise; the rest is what the code costs, what it misses, 
 
 
 def skipped_text(skipped: int) -> str:
-    """A report's sentence on the training steps that were skipped."""
-    return f"{skipped or 'No'} training steps were skipped, as loss or gradients were not finite."
+    """A report's sentence on the training steps without a finite gradient."""
+    if not skipped:
+        return "Loss and gradients were finite at every training step."
+    return f"At {skipped} training steps loss or gradients were not finite; nothing of their batches was learned."
+
+
+def training_text(metrics: dict[str, Any]) -> str:
+    """A report's lines on the data, the model and its training."""
+    args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
+    sizes = f"{data['train']:,} training, {data['valid']:,} validation and {data['test']:,} test images"
+    trained = f"trained for {curves['epoch'][-1]:g} epochs in {curves['seconds']:,.0f} s"
+    where = f"on {metrics['env']['device']}, {args['precision']} training steps"
+    if args["evaluate"]:
+        where = (
+            "by an earlier run" if metrics["finished"] else "by a run that **was not finished**: best weights so far"
+        )
+    return f"Data: {data['name']}: {sizes}.\n{metrics['params']:,} parameters, {trained} {where}."
 
 
 def prior_check_text(gap: float | None) -> str:
@@ -1455,8 +1473,8 @@ def prior_check_text(gap: float | None) -> str:
     if gap is None:
         return "The check of the prior is missing."
     if gap > 1e-6:
-        return f"**CHECK FAILED: log p(z) is {gap:.3g} nats from what its own samples say; trust no KL here.**"
-    return f"log p(z), at a z drawn from p(z), agrees with autograd's Jacobian within {max(gap, 1e-12):.0e} nats."
+        return f"**CHECK FAILED: log p(z) is {gap:.3g} from what its own sample and autograd say; trust no KL here.**"
+    return f"log p(z) agrees with its own sample and with autograd's Jacobian within {max(gap, 1e-12):.0e} nats."
 
 
 def seeds_table(seeds: dict[int, Any], values: Callable[[dict[str, Any]], dict[str, float]]) -> str:
@@ -1556,7 +1574,8 @@ class Parser(argparse.ArgumentParser):
         add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
         add("--batch-size", type=number(int, 1, 10**9), help="examples per step")
         add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
-        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches and training noise")
+        seed = "of weights, batches, training noise, and the split of a file with the one key images"
+        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=seed)
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
         add("--out", default="results", help=f"results go to OUT/{script}")
         add("--resume", action="store_true", help="go on with an interrupted run, or with more epochs")
@@ -1584,7 +1603,7 @@ class ImageParser(Parser):
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
         evaluate = "train nothing: bounds, figures and report of a checkpoint, into OUT/<script>/evaluate"
         add("--evaluate", metavar="CHECKPOINT", help=evaluate)
-        samples = "with --evaluate: so many samples as single PNG files"
+        samples = "also write so many samples as single images, samples/0000.png, ..."
         add("--samples", type=number(int, 0, 10**6), default=0, help=samples)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     CODECS, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bounds_table, check_above,
-    check_prior, codec_bits_per_dim, describe_run, evaluate_splits, evenly_spaced, fit, fixed_noise,
-    floor_text, in_bits, launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images,
-    prepare, prior_check_text, quantise, settings, skipped_text, straight_lines, synthetic_floor, to_device,
+    check_prior, codec_bits_per_dim, describe_run, evaluate_splits, evenly_spaced, fit, fixed_noise, floor_text,
+    in_bits, launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images, prepare,
+    prior_check_text, quantise, settings, skipped_text, straight_lines, synthetic_floor, to_device, training_text,
     write_images, write_metrics, write_report,
 )  # fmt: skip
 
@@ -31,14 +31,11 @@ SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
 def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
+    curves = metrics["curves"]
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
-    unfinished = "" if metrics["finished"] else "**Training was not finished**: its best weights so far."
     return f"""# 2a: a convolutional VAE with a standard normal prior
 
-Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
-{metrics["params"]:,} parameters; {curves["epoch"][-1]:g} epochs in {curves["seconds"]:,.0f} s on
-{metrics["env"]["device"]}, {args["precision"]} training steps. {unfinished}
+{training_text(metrics)}
 
 ## 1. The bound on train, validation and test
 
@@ -47,8 +44,8 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 {bounds_table(metrics["final"])}
 
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z per image, ± one standard
-error over images; of train, as many images as validation has. Curves show the first images of each split. The weights
-are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_text(curves["skipped_steps"])}
+error over images; of train, the first images, as many as validation has. Curves show fewer of each split. The weights
+are those of epoch {curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
 
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 

@@ -27,7 +27,8 @@ from core import (  # before torch, whose import reads what core has set
     evaluate_splits, evenly_spaced, fail, fit, fixed_noise, floor_text, in_bits, kl_per_position, launch,
     load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images, posteriors, prepare,
     prior_check_text, quantise, read_checkpoint, save_figure, settings, skipped_text, standard_error,
-    straight_lines, synthetic_floor, to_device, what_must_match, write_images, write_metrics, write_report,
+    straight_lines, synthetic_floor, to_device, training_text, what_must_match, write_images, write_metrics,
+    write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -42,16 +43,17 @@ SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
 
 def model_of_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> tuple[ImageVAE | None, str]:
-    """2a's model, trained with these arguments on these data: found in `path` or, with --compare, trained here.
+    """2a's model, or None and the reason why there is none.
 
-    Else None, and the reason.
+    It was trained with these arguments on these data: found in `path` or, with --compare, trained here.
     """
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, StandardNormal), args)
     run = {"script": "q2a", "args": settings(args, but=("compare",))}
     if path.exists():
-        saved = read_checkpoint(path, ("must_match", "finished", "state"), "q2a")
-        differing = differences(saved["must_match"], what_must_match(run, model, splits))
+        saved = read_checkpoint(path, ("args", "must_match", "finished", "state"), "q2a")
+        theirs, ours = ({"--epochs": epochs} for epochs in (saved["args"]["epochs"], args.epochs))
+        differing = differences(saved["must_match"] | theirs, what_must_match(run, model, splits) | ours)
         if differing and args.compare:
             fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
         if differing:
@@ -122,7 +124,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor) -> dict[st
             "2b: z": neighbour_correlation(z_of_b),
             "2b: ε": neighbour_correlation(b.prior.z_to_eps(z_of_b)[0]),
         },
-        "correlation_by_chance": math.sqrt(2 / math.pi / (56 * len(z_of_b))),
+        "correlation_by_chance": math.sqrt(2 / math.pi / (7 * 8 * len(z_of_b))),  # 7 x 8 pairs per image and side
         "kl_per_position_bits": {name: kl_per_position(m, test).tolist() for name, m in (("2a", a), ("2b", b))},
     }
 
@@ -170,8 +172,8 @@ def verdict(found: dict[str, Any]) -> str:
 that was fitted afterwards to the codes of 2a's frozen encoder {shows(alone)} the KL: {alone["bpd"]:+.4f} ±
 {alone["se_bpd"]:.4f}. A better prior alone is worth at least that, as the flow may not be the best one."""
     if total["bpd"] < -2 * total["se_bpd"]:
-        text += f""" The rest, {rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}, is at most what encoder and decoder gain by
-being trained together with the flow: {found["recon"]["bpd"]:+.4f} in the decoder term,
+        text += f""" Being trained together with the flow gains encoder and decoder at most the rest,
+{rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}: {found["recon"]["bpd"]:+.4f} in the decoder term and
 {found["kl"]["bpd"] - alone["bpd"]:+.4f} in the KL."""
     return text
 
@@ -192,7 +194,7 @@ def comparison_text(found: dict[str, Any]) -> str:
 |---|---|
 {table}
 
-Same data, arguments, batches and noise. ± one standard error over images; another seed is not in it.
+Same data, arguments, batches and noise. ± one standard error over images; variation between seeds is not included.
 
 ![comparison](experiments.png)
 
@@ -215,14 +217,11 @@ neighbours.
 
 def report(metrics: dict[str, Any], comparison: str) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
+    curves = metrics["curves"]
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
-    unfinished = "" if metrics["finished"] else "**Training was not finished**: its best weights so far."
     return f"""# 2b: the same VAE with an autoregressive flow prior
 
-Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,} test images.
-{metrics["params"]:,} parameters; {curves["epoch"][-1]:g} epochs in {curves["seconds"]:,.0f} s on
-{metrics["env"]["device"]}, {args["precision"]} training steps. {unfinished}
+{training_text(metrics)}
 
 ## 1. The bound on train, validation and test
 
@@ -231,8 +230,8 @@ Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation a
 {bounds_table(metrics["final"])}
 
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z per image, ± one standard
-error over images; of train, as many images as validation has. Curves show the first images of each split. The weights
-are those of epoch {curves["best_epoch"]}, the best on validation's. {skipped_text(curves["skipped_steps"])}
+error over images; of train, the first images, as many as validation has. Curves show fewer of each split. The weights
+are those of epoch {curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
 
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 
@@ -352,8 +351,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics["against_2a"] = found = compare(model_a, fitted, model, test)
             found["prior_alone_epochs"] = epochs
             comparison = comparison_text(found)
-        with attempt("experiments.png", failed):
-            plot_comparison(metrics["against_2a"], f"2b against 2a, {data.name}", out / "experiments.png")
+            plot_comparison(found, f"2b against 2a, {data.name}", out / "experiments.png")
         with attempt("samples_2a_2b.png", failed), torch.no_grad():
             of_a, of_b = (m.sample(100, fixed_noise("samples"))[0] for m in (model_a, model))
             panels = {"2a, N(0, I)": quantise(of_a), "2b, flow": quantise(of_b)}
