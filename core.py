@@ -535,8 +535,8 @@ def check_prior(prior: Prior) -> float:
     """How far a prior is from what its definition says, at one z that it draws; 0 up to rounding.
 
     The larger of |z_to_eps(eps_to_z(eps)) - eps| and of log_prob's distance, in nats, from what torch.distributions and
-    autograd's Jacobian give: log N(eps; 0, I) + log |det d eps / d z|. In float64. A log-determinant that was dropped, a prior of the
-    wrong variance, or samples of another density cannot pass.
+    autograd's Jacobian give in float64: log N(eps; 0, I) + log |det d eps / d z|. A log-determinant that was dropped, a
+    prior of the wrong variance, or samples of another density cannot pass.
     """
     prior = float64_copy(prior)
     eps = noise(torch.randn, (1, *prior.latent_shape), prior.zeros.device, fixed_noise("check")).to(prior.zeros)
