@@ -356,8 +356,8 @@ def code_text(metrics: dict[str, Any]) -> str:
 bits/dim (the first 4,000 test images, at most), which is {3072 * cost:,.0f} bits per image. The code of a test image
 holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position of the 8 x 8
 grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the prior. The
-remedies, in training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours, so that z has to hold
-the picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not charged for, here
+remedies, in training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours, so that z
+has to hold the picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not charged for, here
 {args["free_bits"]:g}."""
 
 
