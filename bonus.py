@@ -364,6 +364,8 @@ has to hold the picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of 
 def report(metrics: dict[str, Any], code: str, table: str) -> str:
     """The handout's deliverables in its order, every number from metrics."""
     args, curves = metrics["args"], metrics["curves"]
+    neighbours = "## Ten samples and the training images nearest to them\n\n![neighbours](neighbours.png)\n\n"
+    neighbours = neighbours if metrics["data"]["train"] else ""
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
 
@@ -402,11 +404,7 @@ Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} b
 
 {code}
 
-## Ten samples and the training images nearest to them
-
-![neighbours](neighbours.png)
-
-## What goes into z, and what the receptive field leaves to it
+{neighbours}## What goes into z, and what the receptive field leaves to it
 
 {table}
 """
@@ -424,9 +422,10 @@ def draw_figures(
     with attempt("samples.png", failed):
         samples = model.draw_levels(model.prior.sample(100, fixed_noise("samples")), "pixels")
         plot_images({"x ~ p(x|z), z ~ p(z)": samples}, 10, f"{title}\n100 samples", out / "samples.png")
-    with attempt("neighbours.png", failed):
-        panels = {"samples": samples[:10], "their nearest training images": nearest(samples[:10], splits["train"])}
-        plot_images(panels, 10, f"Not copies: {title}", out / "neighbours.png", stacked=True)
+    if len(splits["train"]):
+        with attempt("neighbours.png", failed):
+            panels = {"samples": samples[:10], "their nearest training images": nearest(samples[:10], splits["train"])}
+            plot_images(panels, 10, f"Not copies: {title}", out / "neighbours.png", stacked=True)
     shown = evenly_spaced(splits["test"], 10)
     with torch.no_grad():
         codes = model.encoder(bin_centres(shown))[0]
@@ -469,8 +468,8 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Data and model.
     data = load_images(args)
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
-    prepare(out, images=True)
     model = to_device(make_model(args), args, trained)
+    prepare(out, images=True)
 
     # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:

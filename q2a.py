@@ -95,9 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Data and model.
     data = load_images(args)
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
-    prepare(out, images=True)
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, StandardNormal), args, trained)
+    prepare(out, images=True)
 
     # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:

@@ -293,16 +293,16 @@ def main(argv: list[str] | None = None) -> None:
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
     trained = load_trained(args, "q2b", ("latents",)) if args.evaluate else None
 
-    # 1. Data and models. 2a's comes first, so that a comparison that cannot be made is refused before training.
+    # 1. Data and models. 2a's is trained first, so that a comparison that cannot be made is refused before 2b is trained.
     data = load_images(args)
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
+    torch.manual_seed(args.seed)
+    model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
     prepare(out, images=True)
     if trained:
         model_a, reason = None, "Not compared with 2a, as nothing was trained."
     else:
         model_a, reason = model_of_2a(args, splits, out.with_name("q2a") / "checkpoint.pt")
-    torch.manual_seed(args.seed)
-    model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
 
     # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:
