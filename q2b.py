@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
     trained = load_trained(args, "q2b", ("latents",)) if args.evaluate else None
 
-    # 1. Data and models. 2a's is trained first, so that a comparison that cannot be made is refused before 2b is trained.
+    # 1. Data and models. 2a's comes first: a comparison that cannot be made is refused before 2b is trained.
     data = load_images(args)
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
     torch.manual_seed(args.seed)
