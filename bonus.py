@@ -36,7 +36,7 @@ from torch import Tensor, nn
 COMPONENTS = 10  # logistics in a pixel's mixture
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
 DEFAULTS = dict(
-    epochs=20, batch_size=16, lr=1e-3, muon_lr=0.02, schedule="trapezoid", latents=16, data="svhn", receptive_field=3,
+    epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, schedule="trapezoid", latents=16, data="svhn", receptive_field=3,
     prior="flow", blind=1.0, free_bits=0.0,
 )  # fmt: skip
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic", table_epochs=1)

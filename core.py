@@ -927,7 +927,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # learning rate over its pea
 HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")  # what the handout recommends: --handout
 
 
-def orthogonalise(x: Tensor, iterations: int = 3) -> Tensor:
+def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
     """x with its singular values moved towards 1 and its singular vectors kept. [short, long] -> the same.
 
     Newton-Schulz: x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are polynomials of
@@ -1090,8 +1090,9 @@ def train_step(model: Any, optimisers: list[Any], x: Tensor, precision: str, kl_
     average_over_processes(gradients)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     finite = torch.isfinite(norm + sum_over_processes(loss))
-    for gradient in gradients:
-        gradient.masked_fill_(~finite, 0)
+    if x.device.type != "cpu" or not finite:  # on a GPU at every step: to ask would be to wait
+        for gradient in gradients:
+            gradient.masked_fill_(~finite, 0)
     for optimiser in optimisers:
         optimiser.step()
     return finite
@@ -1345,9 +1346,11 @@ def save_figure(fig: Any, path: Path) -> None:
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png", dpi=DPI)
     write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG"))
-    if in_kernel():
-        plt.show()
     plt.close(fig)
+    if in_kernel() and not path.name.startswith("."):
+        from IPython.display import display  # as plt.show leaves out figures without axes
+
+        display(Image.open(drawn))
 
 
 def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float, float]] | None = None) -> None:

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DEFAULTS = dict(epochs=20, batch_size=16, lr=1e-3, muon_lr=0.02, schedule="trapezoid", latents=16, data="svhn")
+DEFAULTS = dict(epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, schedule="trapezoid", latents=16, data="svhn")
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
 # -------------------------------------------------------------------------------- what the prior changes: experiments

@@ -6,13 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import core
 from conftest import ROOT
 
 FLAGS = [  # script, flags, what the line has to name
@@ -26,7 +26,10 @@ FLAGS = [  # script, flags, what the line has to name
     ("q1b", "--lr nan", "--lr"), ("q1b", "--lr inf", "--lr"), ("q1b", "--lr -1", "--lr"), ("q1a", "--lr 0", "--lr"),
     ("q2b", "--lr 1e6", "--lr"), ("bonus", "--lr fast", "--lr"), ("q1a", "--epochs -1", "--epochs"),
     ("q2b", "--epochs 2.5", "--epochs"), ("q1b", "--seed -1", "--seed"), ("q2a", "--seed x", "--seed"),
-    ("q1a", "--seeds 0", "--seeds"), ("q2a", "--device tpu", "--device"), ("q2b", "--device cuda", "--device cuda"),
+    ("q1a", "--seeds 0", "--seeds"), ("q1b", "--seeds 101", "--seeds"), ("q1b", "--samples 3", "--samples"),
+    ("q2a", "--samples -1", "--samples"), ("q2b", "--compile", "--compile"), ("q2a", "--compare", "--compare"),
+    ("q2a", "--muon-lr -1", "--muon-lr"), ("q2b", "--schedule x", "--schedule"), ("bonus", "--blind -1", "--blind"),
+    ("q2a", "--device tpu", "--device"), ("q2b", "--device cuda", "--device cuda"),
     ("bonus", "--device mps", "--device mps"), ("q2a", "--precision fp8", "--precision"),
     ("q2a", "--latents 0", "--latents"), ("bonus", "--latents -1", "--latents"), ("q2a", "--limit 5", "--limit"),
     ("q2b", "--limit 0", "--limit"), ("bonus", "--receptive-field 0", "--receptive-field"),
@@ -74,6 +77,7 @@ FILES = {  # data files by what is wrong with them: bytes, and what the line has
     "folder.npz": (..., "folder.npz"),
     "not_an_archive_of_arrays.npz": (b"PK\x05\x06" + bytes(18), "images"),
 }
+GOOD = {"script": "q2a", "args": {"latents": 4, "seed": 0}, "curves": {}, "finished": True, "state": {}}
 CHECKPOINTS = {  # of --evaluate
     "missing.pt": None,
     "empty.pt": b"",
@@ -81,9 +85,9 @@ CHECKPOINTS = {  # of --evaluate
     "pickle.pt": pickle.dumps(Code()),
     "list.pt": [1, 2],
     "no_keys.pt": {"state": {}},
-    "other_script.pt": {"script": "q2b", "args": {"latents": 4}, "state": {}},
-    "other_network.pt": {"script": "q2a", "args": {"latents": 4}, "state": {"x": torch.zeros(1)}},
-    "code.pt": {"script": "q2a", "args": {"latents": 4}, "state": Code()},
+    "other_script.pt": {**GOOD, "script": "q2b"},
+    "other_network.pt": {**GOOD, "state": {"x": torch.zeros(1)}},
+    "code.pt": {**GOOD, "state": Code()},
 }
 
 
@@ -142,7 +146,7 @@ def test_checkpoints(name, folder, capsys):
 
 def test_a_truncated_checkpoint(folder, capsys):
     file = io.BytesIO()
-    torch.save({"script": "q2a", "args": {"latents": 4}, "state": {"x": torch.zeros(1000)}}, file)
+    torch.save({**GOOD, "state": {"x": torch.zeros(1000)}}, file)
     Path("half.pt").write_bytes(file.getvalue()[:2000])
     assert_refused(folder, capsys, "q2a", ["--smoke", "--evaluate", "half.pt"], "half.pt")
 
@@ -170,10 +174,24 @@ def test_broken_svhn_files(folder, capsys):
     assert snapshot(folder / "results") == before
 
 
-def test_the_table_is_long_and_its_files_are_what_they_say():
-    """The control: a good file is not refused, and the pickles hold code that would run."""
+def test_controls_a_good_file_is_not_refused_and_the_pickles_hold_code_that_would_run(folder):
     assert len(FLAGS) + len(FILES) + len(CHECKPOINTS) > 60
-    assert zipfile.is_zipfile(io.BytesIO(npz(images=images(30))))
-    with pytest.raises(FileExistsError):
-        os.mkdir(".")
-    assert pickle.loads(pickle.dumps(len)) is len and Code().__reduce__()[0] is os.mkdir
+    Path("good.npz").write_bytes(npz(images=images(30)))
+    train, valid, test = core.load_npz(Path("good.npz"), seed=0)
+    assert [len(x) for x in (train, valid, test)] == [24, 3, 3]
+    torch.save(GOOD, "good.pt")
+    assert core.read_checkpoint(Path("good.pt"), ("args", "state", "curves", "finished"), "q2a") == GOOD
+    with pytest.raises(SystemExit):
+        core.read_checkpoint(Path("good.pt"), ("args", "state", "curves", "finished"), "q2b")
+    assert not Path("code_was_run").exists()
+    for name in ("pickle.npz", "pickle.pt"):
+        content = FILES[name][0] if name in FILES else CHECKPOINTS[name]
+        pickle.loads(content)
+        os.rmdir("code_was_run")
+    torch.save(CHECKPOINTS["code.pt"], "code.pt")
+    torch.load("code.pt", weights_only=False)
+    os.rmdir("code_was_run")
+    Path("objects.npz").write_bytes(FILES["objects.npz"][0])
+    with np.load("objects.npz", allow_pickle=True) as file:
+        file["images"]
+    os.rmdir("code_was_run")

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,19 +10,19 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 import core
 from core import (
-    VAE, ConvDecoder, FlowPrior, GatedResidualBlock, ImageVAE, MaskedConv2d, Noise, StandardNormal, Terms,
-    bits_per_dim, bounded_log_std, causal_mask, dequantise, evaluate, fit, in_bits, iwae, levels_log_prob,
-    normal_log_prob, quantise, residual_stack,
+    VAE, ConvDecoder, FlowPrior, GatedResidualBlock, ImageVAE, MaskedConv2d, MaskedResidual, StandardNormal,
+    bits_per_dim, bounded_log_std, causal_mask, density_to_levels, dequantise, evaluate, fixed_noise, iwae,
+    kl_per_position, normal_log_prob, quantise, residual_stack, wavefront_slope, wavefronts,
 )  # fmt: skip
-from conftest import arguments
+from conftest import Call
 
 # --------------------------------------------------------------------------------------------------------- helpers
 
 
-def trained_flow(channels=2, width=8, height=4, seed=0, strength=0.3):
+def trained_flow(*latent_shape, strength=0.3):
     """A flow in float64 whose last layer is no longer zero, as after training."""
-    torch.manual_seed(seed)
-    flow = FlowPrior((channels, height, height), width).double()
+    torch.manual_seed(0)
+    flow = FlowPrior(latent_shape or (2, 4, 4), 8).double()
     nn.init.normal_(flow.net[-1].weight, 0, strength)
     nn.init.normal_(flow.net[-1].bias, 0, strength)
     return flow
@@ -53,17 +52,8 @@ class FullCovariance(nn.Module):
         return VAE(Call(encoder), Call(decoder), StandardNormal((2,)))
 
 
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 def log_weights(model, x, k):
-    return torch.stack([-model(x, Noise.fixed(torch.arange(len(x)), seed)).neg_elbo for seed in range(k)])
+    return torch.stack([-model(x, fixed_noise(seed)).neg_elbo for seed in range(k)])
 
 
 # --------------------------------------------------------------------------------------------------- distributions
@@ -96,7 +86,7 @@ def test_standard_normal_is_n01_and_its_kl_to_itself_is_zero():
     assert torch.allclose(prior.log_prob(z), expected, rtol=1e-12)
     wrong = normal_log_prob(z, torch.zeros_like(z), torch.full_like(z, 0.5))  # control: log-variance 1 where 0 is meant
     assert not torch.allclose(wrong, expected, rtol=0.01)
-    samples = prior.sample(Noise.fixed(torch.arange(20_000), 3))
+    samples = prior.sample(20_000, fixed_noise(3))
     assert samples.mean().abs() < 0.02 and (samples.var() - 1).abs() < 0.02
 
 
@@ -131,7 +121,7 @@ def test_bounded_log_std_is_smooth_increasing_and_lets_the_right_answers_in():
 def test_uniform_over_256_levels_is_exactly_8_bits_per_dim():
     log_p_x = torch.full((4,), -3072 * math.log(2), dtype=torch.float64)  # density 1/2 on [-1, 1] in each dimension
     assert torch.allclose(
-        -bits_per_dim(levels_log_prob(log_p_x, 3072), 3072), torch.full((4,), 8.0).double(), rtol=1e-12
+        -bits_per_dim(density_to_levels(log_p_x, 3072), 3072), torch.full((4,), 8.0).double(), rtol=1e-12
     )
     assert -bits_per_dim(log_p_x, 3072)[0] == pytest.approx(1)  # without the change of scale: 1 bit, 7 off
 
@@ -155,7 +145,7 @@ def test_levels_bound_holds_and_is_a_probability():
     x = dequantise(torch.arange(256)[:, None].double(), u)  # (256, 64)
     for mu, log_std, low in ((0.1, -2.0, 0.999), (0.1, -4.5, 0.9), (0.1, -6.0, 0.0)):
         log_p = normal_log_prob(x.reshape(-1, 1), torch.tensor(mu).double(), torch.tensor(log_std).double())
-        total = levels_log_prob(log_p, 1).reshape(256, 64).mean(1).exp().sum().item()
+        total = density_to_levels(log_p, 1).reshape(256, 64).mean(1).exp().sum().item()
         assert low <= total <= 1 + 1e-6
 
 
@@ -175,9 +165,9 @@ def test_with_the_exact_posterior_every_single_sample_gives_log_p():
     exact = FullCovariance()
     x = exact.truth.sample((50,))
     for seed in range(3):
-        terms = exact.model()(x, Noise.fixed(torch.arange(50), seed))
+        terms = exact.model()(x, fixed_noise(seed))
         assert torch.allclose(-terms.neg_elbo, exact.truth.log_prob(x), atol=1e-5)
-    wide = FullCovariance(spread=0.5).model()(x, Noise.fixed(torch.arange(50), 0))
+    wide = FullCovariance(spread=0.5).model()(x, fixed_noise(0))
     assert not torch.allclose(-wide.neg_elbo, exact.truth.log_prob(x), atol=0.1)
 
 
@@ -186,20 +176,19 @@ def test_with_the_exact_posterior_the_encoders_gradient_has_no_noise():
         exact = FullCovariance(spread)
         exact.post_log_std.requires_grad_()
         x = exact.truth.sample((20,))
-        exact.model()(x, Noise.fixed(torch.arange(20), 0)).neg_elbo.sum().backward()
+        exact.model()(x, fixed_noise(0)).neg_elbo.sum().backward()
         assert (exact.post_log_std.grad.abs().max() > 1e-3) == noisy
 
 
 def test_every_term_of_the_image_model_is_one_number_an_example_in_nats():
     model = ImageVAE(4, StandardNormal)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    terms = model(images, Noise.fixed(torch.arange(3), 0))
+    terms = model(images, fixed_noise(0))
     assert terms.recon.shape == terms.kl.shape == (3,)
-    x = dequantise(images, Noise.fixed(torch.arange(3), 0).uniform(3, 32, 32))
-    noise = Noise.fixed(torch.arange(3), 0)
-    noise.uniform(3, 32, 32)
+    noise = fixed_noise(0)
+    x = dequantise(images, torch.rand(3, 3, 32, 32, generator=noise))
     mu, log_std = model.encoder(x)
-    z = mu + log_std.exp() * noise.normal(4, 8, 8)
+    z = mu + log_std.exp() * torch.randn(3, 4, 8, 8, generator=noise)
     log_ratio = Independent(Normal(mu, log_std.exp()), 3).log_prob(z) - Independent(
         Normal(0 * mu, 1 + 0 * mu), 3
     ).log_prob(z)
@@ -213,27 +202,46 @@ def test_every_term_of_the_image_model_is_one_number_an_example_in_nats():
 # ----------------------------------------------------------------------------------------------------------- noise
 
 
-def test_fixed_noise_depends_on_example_seed_and_call_only():
-    i = torch.arange(100)
-    whole = Noise.fixed(i, 5).normal(3, 4)
-    assert torch.equal(torch.cat([Noise.fixed(part, 5).normal(3, 4) for part in i.split(7)]), whole)
-    assert torch.equal(Noise.fixed(i.flip(0), 5).normal(3, 4), whole.flip(0))
-    twice = Noise.fixed(i, 5)
-    assert not torch.equal(twice.normal(3, 4), twice.normal(3, 4))
-    assert not torch.equal(Noise.fixed(i, 6).normal(3, 4), whole)
+def test_fixed_noise_depends_on_its_key_only():
+    def noise(*key):
+        return torch.randn(100, 3, 4, generator=fixed_noise(*key))
+
+    first = noise("evaluation", 5, 0)
+    torch.manual_seed(1)  # the global generator has no part in it
+    assert torch.equal(noise("evaluation", 5, 0), first)
+    others = [("evaluation", 6, 0), ("evaluation", 5, 1), ("evaluation", 0, 5), ("step", 5, 0), ("evaluation", 5)]
+    assert not any(torch.equal(noise(*key), first) for key in others)
+    again = fixed_noise("evaluation", 5, 0)
+    assert not torch.equal(*(torch.randn(100, generator=again) for _ in range(2)))  # a generator goes on
+    assert core.seed_of("a", 1, 23) != core.seed_of("a", 12, 3)
 
 
 def test_fixed_noise_is_uniform_normal_and_uncorrelated():
-    noise = Noise.fixed(torch.arange(2000), 0)
-    u, eps, more = noise.uniform(50), noise.normal(50), noise.normal(50)
+    generator = fixed_noise("evaluation", 0, 0)
+    u = core.noise(torch.rand, (2000, 50), "cpu", generator)
+    eps, more = (core.noise(torch.randn, (2000, 50), "cpu", generator) for _ in range(2))
     assert u.min() >= 0 and u.max() < 1
     counts = torch.histc(u, 100, 0, 1)
     chi2 = ((counts - 1000) ** 2 / 1000).sum()  # 99 degrees of freedom, sd 14
     assert 50 < chi2 < 160
     assert eps.mean().abs() < 0.01 and (eps.var() - 1).abs() < 0.02 and ((eps**4).mean() - 3).abs() < 0.1
-    other = Noise.fixed(torch.arange(2000), 1).normal(50)
-    for a, b in ((eps, more), (eps, other), (eps[1:], eps[:-1]), (eps[:, 1:], eps[:, :-1])):
+    seed, batch = (torch.randn(2000, 50, generator=fixed_noise("evaluation", *key)) for key in ((1, 0), (0, 1)))
+    for a, b in ((eps, more), (eps, seed), (eps, batch), (eps[1:], eps[:-1]), (eps[:, 1:], eps[:, :-1])):
         assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.015
+
+
+def test_noise_of_training_is_the_global_generators_and_processes_share_it_out(monkeypatch):
+    def noise():
+        torch.manual_seed(7)
+        return core.noise(torch.randn, (2, 3), "cpu")
+
+    whole = torch.randn(4, 3, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(noise(), whole[:2])
+    for rank in (0, 1):  # every second example of a batch of four is this process's
+        monkeypatch.setattr(core, "rank_and_world", lambda rank=rank: (rank, 2))
+        assert torch.equal(noise(), whole[rank::2])
+    fixed = core.noise(torch.randn, (2, 3), "cpu", fixed_noise(0))
+    assert torch.equal(fixed, torch.randn(2, 3, generator=fixed_noise(0)))  # of an evaluation: the whole batch's
 
 
 # ---------------------------------------------------------------------------------------------------------- blocks
@@ -291,9 +299,9 @@ def sees(function, channels, height, position):
 
 
 def test_flow_sees_its_past_neighbours_and_never_the_future():
-    flow = trained_flow(height=5)
+    flow = trained_flow(2, 5, 5)
     for position in range(25):
-        seen = sees(lambda z: torch.cat(flow.shift_and_scale(z), 1), 2, 5, position)
+        seen = sees(lambda z: torch.cat(flow.mean_and_log_std(z), 1), 2, 5, position)
         assert not seen[position:].any()
         if position >= 6 and position % 5:
             assert seen[position - 1] and seen[position - 5] and seen[position - 6]
@@ -325,7 +333,7 @@ def inverse_with_gradient(flow, eps):
     """`eps_to_z` with autograd: a fixed point after as many rounds as there are positions."""
     z = torch.zeros_like(eps)
     for _ in range(16):
-        t, s = flow.shift_and_scale(z)
+        t, s = flow.mean_and_log_std(z)
         z = t + s.exp() * eps
     return z
 
@@ -341,26 +349,25 @@ def test_flow_log_det_is_autograds_for_each_example():
 
 
 def test_flow_density_integrates_to_one_and_samples_follow_it():
-    flow = trained_flow(channels=1, height=1, strength=0.5)
-    flow.latent_shape = (1, 1, 2)  # two positions in a row: a density in the plane
+    flow = trained_flow(1, 1, 2, strength=0.5)  # two positions in a row: a density in the plane
     grid = torch.linspace(-15, 15, 401, dtype=torch.float64)
     cell = (grid[1] - grid[0]).item() ** 2
     with torch.no_grad():
         log_p = flow.log_prob(torch.cartesian_prod(grid, grid).reshape(-1, 1, 1, 2))
         assert log_p.exp().sum().item() * cell == pytest.approx(1, abs=1e-6)
-        z = flow.eps_to_z(Noise.fixed(torch.arange(40_000), 0).normal(1, 1, 2).double())
+        z = flow.sample(40_000, fixed_noise(0)).double()
         at_samples = flow.log_prob(z)
     neg_entropy = (log_p.exp() * log_p).sum().item() * cell
     se = at_samples.std().item() / 200
     assert abs(at_samples.mean().item() - neg_entropy) < 4 * se < 0.05
 
 
-def test_2b_starts_exactly_where_2a_does_and_sees_the_same_batches():
+def test_2b_starts_exactly_where_2a_does():
+    """That both see the same batches too is in test_training.py."""
     torch.manual_seed(0)
-    a, next_of_a = ImageVAE(4, StandardNormal), torch.randperm(1000)
+    a = ImageVAE(4, StandardNormal)
     torch.manual_seed(0)
-    b, next_of_b = ImageVAE(4, FlowPrior), torch.randperm(1000)
-    assert torch.equal(next_of_a, next_of_b)
+    b = ImageVAE(4, FlowPrior)
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     terms_a, terms_b = (evaluate(m, images) for m in (a, b))
@@ -369,112 +376,84 @@ def test_2b_starts_exactly_where_2a_does_and_sees_the_same_batches():
     assert torch.equal(b.prior.z_to_eps(z)[0], z) and torch.equal(b.prior.z_to_eps(z)[1], torch.zeros(2))
 
 
-# ---------------------------------------------------------------------------------------- training and evaluation
+# ---------------------------------------------------------------------------------------------------------- sampling
 
 
-def small_images(n=37):
-    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
-
-
-def test_evaluation_counts_every_example_once_whatever_the_batch_size():
-    torch.manual_seed(2)
-    model, images = ImageVAE(4, FlowPrior), small_images(11)
-    results = [evaluate(model, images, batch_size=b) for b in (11, 4, 1)]
-    for terms in results[1:]:
-        assert torch.allclose(terms.neg_elbo, results[0].neg_elbo, rtol=1e-5)
-    assert in_bits(results[0], 3072)["neg_elbo_bpd"] == pytest.approx(
-        in_bits(results[1], 3072)["neg_elbo_bpd"], rel=1e-6
+def test_slopes_are_derived_from_the_masks():
+    assert [wavefront_slope(MaskedConv2d("A", 1, 1, k)) for k in (1, 3, 5, 7)] == [1, 2, 3, 4]
+    assert wavefront_slope(FlowPrior((2, 8, 8), 8)) == 2
+    assert (
+        wavefront_slope(nn.Sequential(MaskedConv2d("A", 1, 1, 3), MaskedResidual(1), MaskedConv2d("B", 1, 1, 5))) == 3
     )
-    means = [t.neg_elbo.mean() for t in (Terms(*(x[:4] for x in results[0])), Terms(*(x[8:] for x in results[0])))]
-    assert not torch.allclose((means[0] + means[1]) / 2, results[0].neg_elbo.mean(), rtol=1e-9)  # mean of means: wrong
+    assert [len(wavefronts(32, 32, k)) for k in (2, 3, 4, 32)] == [94, 125, 156, 1024]
+    assert [len(wavefronts(8, 8, k)) for k in (2, 8)] == [22, 64]
+    raster = [(i.item(), j.item()) for i, j in wavefronts(3, 4, 4)]
+    assert raster == [(i, j) for i in range(3) for j in range(4)]
 
 
-def point_splits():
-    x = torch.randn(300, 2) * torch.tensor([2.0, 0.5])
-    return dict(zip(core.SPLITS, x.split(100), strict=True))
+def test_masked_convolution_at_positions_is_the_whole_one_there():
+    conv = MaskedConv2d("B", 3, 5, 5).double()
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    i, j = torch.tensor([0, 3, 5]), torch.tensor([6, 2, 0])
+    assert torch.allclose(conv.at(x, i, j)[..., 0], conv(x)[:, :, i, j], atol=1e-12)
 
 
-def point_model():
+def loud_flow():
     torch.manual_seed(0)
-    return VAE(core.GaussianMLP((16,), nn.SiLU), core.GaussianMLP((16,), nn.SiLU), StandardNormal((2,)))
+    flow = FlowPrior((2, 8, 8), 16)
+    nn.init.normal_(flow.net[-1].weight, 0, 0.3)
+    return flow
 
 
-def test_fit_learns_reports_weight_one_and_keeps_the_best_validation_epoch():
-    model, splits = point_model(), point_splits()
-    curves = fit(model, splits, arguments(epochs=6), warmup=1.0)  # the KL's weight is under 1 throughout training
-    valid = curves["valid"]["neg_elbo_bpd"]
-    assert len(valid) == 7 and valid[-1] < valid[0] - 0.1
-    assert curves["best_epoch"] == int(np.argmin(valid))
-    now = in_bits(evaluate(model, splits["valid"]), 2)
-    assert now["neg_elbo_bpd"] == pytest.approx(min(valid), abs=1e-12)
-    assert now["neg_elbo_bpd"] == pytest.approx(now["kl_bpd"] + now["recon_bpd"], abs=1e-9)
+def test_flow_samples_along_anti_diagonals_are_those_in_raster_order_bit_for_bit():
+    flow = loud_flow()
+    eps = torch.randn(5, 2, 8, 8)
+    z = flow.eps_to_z(eps)
+    assert torch.equal(z, flow.eps_to_z(eps, slope=8))
+    assert (flow.z_to_eps(z)[0] - eps).abs().max() < 1e-4
+    assert not torch.allclose(z, flow.eps_to_z(eps, slope=1), atol=0.01)  # control: a slope too small is wrong
+    plain = torch.zeros_like(eps)  # the textbook's way: one whole pass a position
+    with torch.no_grad():
+        for i, j in itertools.product(range(8), range(8)):
+            t, s = flow.mean_and_log_std(plain)
+            plain[:, :, i, j] = t[:, :, i, j] + s[:, :, i, j].exp() * eps[:, :, i, j]
+    assert torch.allclose(z, plain, atol=1e-4)
 
 
-def test_fit_keeps_the_earlier_weights_when_validation_only_gets_worse():
-    model, splits = point_model(), point_splits()
-    fit(model, splits, arguments(epochs=5))
-    best = {k: v.clone() for k, v in model.state_dict().items()}
-    splits["train"] = splits["train"] * 30  # now training leads away from validation
-    curves = fit(model, splits, arguments(epochs=1, lr=0.05))
-    assert curves["best_epoch"] == 0 and all(torch.equal(v, best[k]) for k, v in model.state_dict().items())
-    assert curves["valid"]["neg_elbo_bpd"][1] > curves["valid"]["neg_elbo_bpd"][0]
+@pytest.mark.parametrize("prior", [StandardNormal, FlowPrior])
+def test_kl_per_position_adds_up_to_the_kl_and_finds_the_positions_that_pay(prior):
+    model = ImageVAE(2, prior)
+    for parameter in model.prior.parameters():
+        nn.init.normal_(parameter, 0, 0.02)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    found = kl_per_position(model, images)
+    assert found.shape == (8, 8)
+    assert found.sum().item() == pytest.approx(evaluate(model, images).kl.mean().item() / math.log(2), rel=1e-5)
+    if prior is StandardNormal:  # a posterior that is the prior but at one position
+        mu, log_std = torch.zeros(2, 2, 8, 8).unbind()
+        mu[:, 3, 5] = 2.0
+        model.encoder = Call(lambda x: (mu.expand(len(x), -1, -1, -1), log_std.expand(len(x), -1, -1, -1)))
+        found = kl_per_position(model, images)
+        assert found[3, 5] > 1 and found.abs().sum() == found[3, 5]
 
 
-def test_fit_of_zero_epochs_changes_nothing():
-    model = point_model()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    curves = fit(model, point_splits(), arguments(epochs=0))
-    assert curves["epoch"] == [0] and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+@pytest.mark.parametrize("mistake", ["log-determinant dropped", "wrong variance"])
+def test_a_wrong_prior_is_found_by_the_runs_own_check(mistake):
+    class Dropped(FlowPrior):
+        def z_to_eps(self, z):
+            eps, log_det = super().z_to_eps(z)
+            return eps, 0 * log_det
 
+    class Wide(FlowPrior):
+        def log_prob(self, z):
+            return super().log_prob(z * math.exp(-0.5))
 
-def test_kl_weight_ramps_up_and_stays_at_one():
-    assert [core.kl_weight(done, 0.2) for done in (0, 0.1, 0.2, 0.9)] == [0, 0.5, 1, 1]
-    assert core.kl_weight(0, 0.0) == 1
-
-
-@pytest.mark.parametrize("free_bits, moves", [(0.0, True), (0.5, False)])
-def test_without_free_bits_a_batch_whose_sampled_kl_is_negative_is_learnt_from_too(free_bits, moves):
-    class NegativeKL(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.kl = nn.Parameter(torch.tensor(-1.0))
-
-        def forward(self, x, noise):
-            return Terms(recon=torch.zeros(len(x)) + 0 * self.kl, kl=self.kl.expand(len(x)))
-
-    model = NegativeKL()
-    optimiser = torch.optim.Adam(model.parameters(), 0.1, fused=True)
-    core.train_step(model, optimiser, torch.zeros(4, 2), "fp32", 1.0, free_bits)
-    assert (model.kl.item() != -1) == moves
-
-
-def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
-    rates = [core.one_cycle(step / 1000) for step in range(1001)]
-    assert max(rates) == rates[100] == 1 and rates[0] == 0 and rates[-1] == pytest.approx(0)
-    assert all(b > a for a, b in itertools.pairwise(rates[:101]))
-    assert all(b < a for a, b in itertools.pairwise(rates[100:]))
-
-
-def test_information_bounds_close_on_the_truth_where_it_is_known():
-    """x ~ N(0, 25), z = posterior of a linear-Gaussian model: I(x; z) = ln 5; a deaf posterior tells nothing."""
-    x = 5 * torch.randn(4000, 1)
-    mu, log_std = x / 5 * math.sqrt(24 / 25), torch.full_like(x, -math.log(5))
-    z = mu + log_std.exp() * torch.randn_like(mu)
-    lower, upper = core.information_bounds(z, mu, log_std)
-    se = lower.std().item() / math.sqrt(4000)
-    assert lower.shape == (4000,) and lower.mean() <= upper.mean() < lower.mean() + 0.02
-    assert lower.mean().item() == pytest.approx(math.log(5), abs=4 * se) and 4 * se < 0.1
-    few = core.information_bounds(z[:3], mu[:3], log_std[:3])
-    assert few[0].mean() <= math.log(3) < upper.mean() + 0.5  # from few examples the lower bound is capped
-    deaf = core.information_bounds(torch.randn(50, 2), torch.zeros(50, 2), torch.zeros(50, 2))
-    assert deaf[0].abs().max() < 1e-9 and deaf[1].abs().max() < 1e-9
-
-
-def test_a_convolution_of_differences_does_not_see_the_level():
-    conv = MaskedConv2d("A", 2, 3, 5, differences=True).double()
-    x = torch.randn(1, 2, 9, 9, dtype=torch.float64)
-    inner = conv(x + 0.7)[..., 2:-2, 2:-2] - conv(x)[..., 2:-2, 2:-2]
-    assert inner.abs().max() < 1e-12
-    plain = MaskedConv2d("A", 2, 3, 5).double()
-    assert (plain(x + 0.7) - plain(x))[..., 2:-2, 2:-2].abs().max() > 0.01
-    assert (conv.kernel()[:, :, conv.mask == 0] == 0).all()
+    right = FlowPrior((2, 8, 8), 8)
+    nn.init.normal_(right.net[-1].weight, 0, 0.1)
+    wrong = {"log-determinant dropped": Dropped, "wrong variance": Wide}[mistake]((2, 8, 8), 8)
+    wrong.load_state_dict(right.state_dict())
+    gaps = [core.check_prior(prior) for prior in (right, wrong, StandardNormal((2, 8, 8)), StandardNormal((0, 8, 8)))]
+    assert gaps[0] < 1e-9 and gaps[1] > 0.1 and gaps[2] < 1e-9 and gaps[3] == 0
+    texts = [core.prior_check_text(gap) for gap in (*gaps, None)]
+    assert ["CHECK FAILED" in text for text in texts] == [False, True, False, False, False]
+    assert "missing" in texts[-1]

@@ -1,10 +1,10 @@
-"""The data: what the handout says, what a user's file may get wrong, torchvision's reader, and the closed forms."""
+"""The data sets: a user's file, SVHN by torchvision's reader, and the synthetic stand-in."""
 
 import argparse
 import hashlib
 import http.server
-import math
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +13,6 @@ import torch
 from torchvision.datasets import SVHN
 
 import core
-import q1a
-import q1b
-
-# ------------------------------------------------------------------------------------------------------ questions 1
-
-
-def test_1a_points_are_the_handouts():
-    first = np.random.RandomState(0).randn(100_000, 2)[0]
-    assert q1a.make_points("data1")[0] == pytest.approx([1 + 5 * first[0], 2 + first[1]])
-    r = math.sqrt(2) / 2
-    turned = [1 + r * 5 * first[0] - r * first[1], 2 + r * 5 * first[0] + r * first[1]]
-    assert q1a.make_points("data2")[0] == pytest.approx(turned)
 
 
 def test_points_are_split_in_order_without_overlap():
@@ -34,48 +22,11 @@ def test_points_are_split_in_order_without_overlap():
     assert np.array_equal(np.concatenate([s.numpy() for s in data.splits.values()]), x)
 
 
-@pytest.mark.parametrize("data", q1a.TURN)
-def test_1a_floor_is_the_gaussians_cross_entropy(data):
-    x = torch.from_numpy(q1a.make_points(data))
-    assert torch.from_numpy(np.cov(x.T.numpy())).allclose(torch.from_numpy(q1a.true_covariance(data)), atol=0.2)
-    entropy = math.log(2 * math.pi * math.e) + math.log(5)  # 4.4473 nats
-    assert q1a.cross_entropy(data, x).mean().item() == pytest.approx(entropy, abs=0.01)
-
-
-@pytest.mark.parametrize("data", q1a.TURN)
-@pytest.mark.parametrize("decoder", q1a.DECODERS)
-def test_1a_least_kl(data, decoder):
-    expected = 0 if (data, decoder) == ("data1", "diagonal") else 0.5 * math.log(25)
-    assert q1a.closed_form(q1a.true_covariance(data), decoder)[1] == pytest.approx(expected, abs=1e-6)
-
-
-def test_1b_points_are_the_handouts():
-    points, labels = q1b.make_points()
-    assert points.shape == (99_999, 2) and np.bincount(labels).tolist() == [33_333] * 3
-    for label, centre in ((0, (-1.5, 2.5)), (1, (1.5, 2.5)), (2, (0, -2 / math.pi))):
-        assert points[labels == label].mean(0) == pytest.approx(centre, abs=0.01)
-    rand = np.random.RandomState(0)
-    a = np.array([-1.5, 2.5]) + 0.2 * rand.randn(33_333, 2)
-    assert (points == a[0]).all(1).any()
-    train, test = labels[:80_000], labels[80_000:]
-    assert abs(np.bincount(train) / len(train) - np.bincount(test) / len(test)).max() < 0.02
-
-
-def test_1b_true_density_integrates_to_one_and_fits_its_points_best():
-    grid = torch.linspace(-3.5, 4, 151, dtype=torch.float64)
-    p = q1b.true_log_prob(torch.cartesian_prod(grid, grid)).exp()
-    assert p.sum().item() * 0.05**2 == pytest.approx(1, abs=1e-6)
-    test = core.split_points("", q1b.make_points()[0]).splits["test"]
-    assert core.bits_per_dim(-q1b.true_log_prob(test).mean().item(), 2) == pytest.approx(0.955, abs=0.001)
-    assert core.bits_per_dim(-q1b.true_log_prob(test[:100]).mean().item(), 2) == pytest.approx(0.985, abs=0.001)
-    assert q1b.true_log_prob(test + 0.1).mean() < q1b.true_log_prob(test).mean() - 0.05
-
-
 # ----------------------------------------------------------------------------------------------------- a user's file
 
 
 def options(data, root, limit=None, evaluate=None):
-    return argparse.Namespace(data=str(data), data_root=str(root), seed=0, limit=limit, evaluate=None)
+    return argparse.Namespace(data=str(data), data_root=str(root), seed=0, limit=limit, evaluate=evaluate)
 
 
 def images(n):
@@ -96,6 +47,14 @@ def test_npz_with_one_array_is_split_by_the_seed_without_overlap(tmp_path):
     assert [len(x) for x in splits] == [16, 2, 2]
     assert len(np.unique(np.concatenate(splits).reshape(20, -1), axis=0)) == 20
     assert not np.array_equal(core.load_npz(tmp_path / "x.npz", seed=2)[2], splits[2])
+
+
+def test_the_test_split_alone_will_do_where_nothing_is_trained(tmp_path):
+    np.savez(tmp_path / "x.npz", test=images(5))
+    data = core.load_images(options(tmp_path / "x.npz", tmp_path, evaluate="checkpoint.pt"))
+    assert [len(x) for x in data.splits.values()] == [0, 0, 5]
+    with pytest.raises(SystemExit):
+        core.load_images(options(tmp_path / "x.npz", tmp_path))
 
 
 def test_data_hash_sees_one_changed_pixel(tmp_path):
@@ -169,11 +128,19 @@ def test_a_broken_svhn_file_is_fetched_again_and_without_network_is_an_error(tmp
 # --------------------------------------------------------------------------------------------------------- synthetic
 
 
+def synthetic(n, root="none"):
+    return core.load_synthetic(Path(root), (n - 2, 1, 1))
+
+
 def test_synthetic_images_are_reproducible_and_as_compressible_as_svhn():
-    x = core.synthetic_images(300)
-    assert np.array_equal(x[:20], core.synthetic_images(20))
+    x = np.concatenate(synthetic(300))
     assert x.shape == (300, 32, 32, 3) and x.dtype == np.uint8
-    assert np.array_equal(x, core.synthetic_images(300)) and not np.array_equal(x, core.synthetic_images(300, seed=1))
+    assert np.array_equal(
+        x[:20], np.concatenate(synthetic(20))
+    )  # the stream does not depend on how much of it is taken
+    other = next(iter(core.synthetic_batches(0, 20, seed=1)))[0]
+    assert np.array_equal(x, np.concatenate(synthetic(300))) and not np.array_equal(x[:20], other)
+    assert len(np.unique(x.reshape(300, -1), axis=0)) == 300
     images = torch.from_numpy(x).permute(0, 3, 1, 2)
     assert core.codec_bits_per_dim(images, "PNG") == pytest.approx(4.53, rel=0.15)  # genuine SVHN's, on 1,083 images
     assert core.codec_bits_per_dim(images, "WebP", quality=100, method=6) == pytest.approx(3.40, rel=0.15)
@@ -190,47 +157,13 @@ def test_codecs_cost_of_noise_is_8_bits_or_more_and_a_lossy_one_is_refused():
         core.codec_bits_per_dim(noise, "JPEG")
 
 
-def test_synthetic_set_is_kept_and_read_back(tmp_path):
-    made = core.load_synthetic(tmp_path, (30, 5, 5))
+def test_the_whole_synthetic_set_is_kept_and_read_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(core, "SVHN_SIZES", (30, 5, 5))
+    made = core.load_synthetic(tmp_path, core.SVHN_SIZES)
     assert [len(x) for x in made] == [30, 5, 5] and (tmp_path / "synthetic_v1.npz").exists()
-    again = core.load_synthetic(tmp_path, (30, 5, 5))
-    assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
+    assert "kept in" in capsys.readouterr().out
+    again = core.load_synthetic(tmp_path, core.SVHN_SIZES)
+    assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True)) and not capsys.readouterr().out
     data = core.load_images(options("synthetic", tmp_path / "none", limit=20))
     assert [len(x) for x in data.splits.values()] == [20, 2, 2] and "synthetic" in data.name and "20" in data.name
-    assert not (tmp_path / "none").exists()
-
-
-def test_1b_the_diagonal_model_starts_as_the_isotropic_one():
-    torch.manual_seed(0)
-    mlp = [core.GaussianMLP(q1b.HIDDEN, torch.nn.ReLU, n) for n in (2, 1)]
-    start, x = core.VAE(*mlp, core.StandardNormal((2,))), torch.randn(50, 2)
-    bounds = [core.evaluate(q1b.with_decoder(start, n), x) for n in (1, 2)]
-    assert torch.allclose(bounds[0].recon, bounds[1].recon, atol=1e-5) and torch.equal(bounds[0].kl, bounds[1].kl)
-    diagonal = q1b.with_decoder(start, 2)
-    assert diagonal.decoder(torch.randn(3, 2))[1].shape == (3, 2)
-    diagonal.decoder.net[-1].weight.data[3] += 1  # control: the two log stds are separate weights
-    assert not torch.allclose(core.evaluate(diagonal, x).recon, bounds[0].recon, atol=1e-2)
-
-
-def test_1b_a_torn_cluster_is_counted_and_codes_that_are_the_prior_miss_it_by_nothing():
-    torch.manual_seed(0)
-    labels, x = np.repeat([0, 1, 2], 1000), 0.1 * torch.randn(3000, 2)
-    x[:500, 0] += 3  # half of cluster 0 lies elsewhere
-
-    class Encoder(torch.nn.Module):
-        def __init__(self, log_std):
-            super().__init__()
-            self.log_std = log_std
-
-        def forward(self, x):
-            return x, torch.full_like(x, self.log_std)
-
-    def look(log_std, x):
-        decoder = core.GaussianMLP((8,), torch.nn.ReLU)
-        return q1b.look_at_codes(core.VAE(Encoder(log_std), decoder, core.StandardNormal((2,))), x, labels)
-
-    z, found = look(-3, x)
-    assert z.shape == (3000, 2) and found["pieces_of_clusters"] == [2, 1, 1]
-    assert found["marginal_kl_bpd"][0] > 1  # far from the prior
-    low, high = look(-1, math.sqrt(1 - math.exp(-2)) * torch.randn(3000, 2))[1]["marginal_kl_bpd"]
-    assert low <= high and abs(low) < 0.05 and abs(high) < 0.05  # with the posterior's noise, N(0, I)
+    assert not (tmp_path / "none").exists()  # a part of it is made anew

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 
 from conftest import ROOT
 
-FLAGS = ["--smoke", "--epochs", "2", "--precision", "fp32"]
+FLAGS = ["--smoke", "--device", "cpu", "--epochs", "2", "--precision", "fp32", "--muon-lr", "0", "--lr", "2e-4"]
 
 
 def run_two(script, *flags):
@@ -22,7 +23,7 @@ def run_two(script, *flags):
 @pytest.mark.parametrize(
     "script, more", [("q2b", []), ("bonus", ["--free-bits", "0.05", "--table-epochs", "0", "--receptive-field", "1"])]
 )
-def test_two_processes_train_as_one(script, more, tmp_path):
+def test_two_processes_train_as_one(script, more, tmp_path, undrawn):
     importlib.import_module(script).main([*FLAGS, *more, "--out", str(tmp_path / "one")])
     run = run_two(script, *FLAGS, *more, "--out", str(tmp_path / "two"))
     assert run.returncode == 0, run.stderr
@@ -34,7 +35,11 @@ def test_two_processes_train_as_one(script, more, tmp_path):
         one["curves"]["test"]["neg_elbo_bpd"][-1], rel=1e-2
     )
     folders = [tmp_path / out / "smoke" for out in ("one", "two")]
-    assert len({frozenset(p.relative_to(folder) for folder in [f] for p in f.rglob("*.*")) for f in folders}) == 1
+    one_files, two_files = ({path.relative_to(folder) for path in folder.rglob("*.*")} for folder in folders)
+    figures = {path for path in two_files if path.suffix == ".png"}
+    assert two_files - figures == one_files  # of which no figure was drawn
+    report = (folders[1] / script / "report.md").read_text("utf-8")
+    assert {path.name for path in figures} == set(re.findall(r"\((\w+\.png)\)", report))
     assert run.stdout.count("wrote ") == 1 and not list(tmp_path.rglob("*.part"))
     states = [torch.load(f / script / "checkpoint.pt", weights_only=True)["state"] for f in folders]
     assert all((states[0][k] - states[1][k]).abs().max() < 2e-3 for k in states[0])

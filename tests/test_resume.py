@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the same bits as one that never was.
+"""A run that was killed and resumed ends with the same bits as one that never was; what fails loses no training.
 
 python -m pytest tests/test_resume.py                  20 kills in all
 KILLS=100 python -m pytest tests/test_resume.py        the long version
@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,37 +22,41 @@ import pytest
 import torch
 
 import core
-from conftest import ROOT, arguments
+import q2a
+from conftest import ROOT, results, run
 
 KILLS = int(os.environ.get("KILLS", 20))
 SIZES = {  # epochs, and arguments that keep a run short; the longest first, for the pool
     "bonus": (2, ["--limit", "40", "--table-epochs", "1", "--batch-size", "20", "--receptive-field", "1"]),
-    "q2b": (2, ["--limit", "40", "--compare"]), "q1b": (3, ["--batch-size", "300"]), "q2a": (2, ["--limit", "40"]),
+    "q2b": (2, ["--limit", "40", "--compare"]), "q1b": (2, ["--batch-size", "600"]), "q2a": (2, ["--limit", "40"]),
 }  # fmt: skip
 # The server of new processes imports what they need once, and computes nothing itself.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 CONTEXT.set_forkserver_preload(["core", *SIZES])
 
 
-def run_script(script, out, more, keep_seconds, log):
+def run_script(script, out, more, keep_seconds, log, draw):
     """The script's main in this process, checkpoints every keep_seconds, what it prints in the file log.
 
-    The short version leaves out pictures, and shortens a table and a curve: what is compared depends on none of them.
+    Without `draw`, figures are not drawn and few samples made for them, and a table and a curve are shorter: weights
+    and metrics, which are compared, depend on none of them.
     """
     torch.set_num_threads(1)
     core.KEEP_SECONDS = keep_seconds
     module = importlib.import_module(script)
-    if KILLS < 100:
-        core.plot_image_model = lambda *_: None
+    if not draw:
         core.save_figure = module.save_figure = lambda fig, path: plt.close(fig)
-        module.TABLE, module.COUNTS = ((1, None), (2, None)), (1, 100)  # of bonus, of q1b
+        module.draw_figures = lambda *_: None
+        module.plot_images = module.plot_curves = lambda *_, **__: None
+        module.TABLE, module.COUNTS, module.DRAWS = ((1, None), (2, None)), (1, 100), 1000  # of bonus, of q1b
     epochs, sizes = SIZES[script]
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        module.main(["--smoke", "--out", out, "--epochs", str(epochs), *sizes, *more])
+        flags = ["--smoke", "--device", "cpu", "--out", out, "--epochs", str(epochs), *sizes, *more]
+        core.launch(lambda: module.main(flags))
 
 
-def start(script, out, *more, keep_seconds=0.0):
-    process = CONTEXT.Process(target=run_script, args=(script, str(out), more, keep_seconds, f"{out}.log"))
+def start(script, out, *more, keep_seconds=0.0, draw=KILLS >= 100):
+    process = CONTEXT.Process(target=run_script, args=(script, str(out), more, keep_seconds, f"{out}.log", draw))
     process.start()
     return process
 
@@ -65,7 +70,14 @@ def outcome(script, out):
     flat = {}
     for name, value in state.items():
         flat.update({f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
-    return {k: v for k, v in metrics.items() if k not in ("seconds", "env")}, flat
+    return without_seconds({k: v for k, v in metrics.items() if k != "env"}), flat
+
+
+def without_seconds(value):
+    """Nested metrics without the entries "seconds"."""
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+    return value
 
 
 def assert_same(found, expected):
@@ -75,6 +87,7 @@ def assert_same(found, expected):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    """SIGKILL at any moment of a run, but not while figures are drawn: the short version leaves drawing out."""
     for script in SIZES:
         (tmp_path / script).mkdir()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each waits for its own processes
@@ -114,139 +127,240 @@ def wait_for(text, path, process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(number, status, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_at_once_in_one_line_and_resume_goes_on(number, tmp_path):
+    """At most what came after the last checkpoint is lost: here the epochs' ends, as there is none between."""
     log = tmp_path / "out.log"
     process = start("q2a", tmp_path / "out", "--epochs", "1000", keep_seconds=1e9)
-    wait_for("epoch   1/", log, process)
+    wait_for("epoch  2.", log, process)  # a look within the third epoch
+    sent = time.monotonic()
     os.kill(process.pid, number)
     process.join(60)
-    assert process.exitcode == status
+    assert process.exitcode == 128 + number and time.monotonic() - sent < 10
     last = log.read_text().splitlines()[-1]
-    assert "--resume" in last and "q2a.pt" in last and "Traceback" not in log.read_text()
-    saved = torch.load(tmp_path / "out/smoke/q2a/progress/q2a.pt", weights_only=True)["at"]
-    assert saved["epoch"] >= 1
+    assert last.startswith("error: interrupted") and "--resume" in last and "Traceback" not in log.read_text()
+    saved = torch.load(tmp_path / "out/smoke/q2a/checkpoint.pt", weights_only=True)
+    assert saved["progress"]["step"] >= 4 and not saved["finished"]  # two epochs of two steps
+    if number == signal.SIGTERM:
+        process = start("q2a", tmp_path / "out", "--epochs", "1000", "--resume")
+        wait_for("going on from", log, process)
+        process.kill()
+        process.join()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of q2a, its folder."""
-    out = tmp_path_factory.mktemp("finished")
-    run_main("q2a", out)
-    return out
+@pytest.fixture
+def finished(smoke, tmp_path):
+    """A copy of the smoke run of q2a, which is finished: the folder --out."""
+    shutil.copytree(smoke[0] / "q2a", tmp_path / "smoke" / "q2a")
+    return tmp_path
 
 
-def run_main(script, out, *more):
-    epochs, sizes = SIZES[script]
-    importlib.import_module(script).main(["--smoke", "--out", str(out), "--epochs", str(epochs), *sizes, *more])
+def run_q2a(out, *more):
+    q2a.main(["--smoke", "--device", "cpu", "--out", str(out), *more])
 
 
-def test_resume_trains_on_for_more_epochs_and_refuses_fewer(finished, capsys):
-    run_main("q2a", finished, "--resume", "--epochs", "3")
-    curves = json.loads((finished / "smoke/q2a/metrics.json").read_text("utf-8"))["curves"]
-    assert curves["epoch"] == [0, 1, 2, 3] and "epoch   2/" not in capsys.readouterr().out
+@pytest.fixture
+def no_step(monkeypatch):
+    """A training step fails the test."""
+
+    def step(*args):
+        raise AssertionError("a training step was made")
+
+    monkeypatch.setattr(core, "train_step", step)
+
+
+def test_resume_trains_on_for_more_epochs_and_refuses_fewer(finished, capsys, undrawn):
+    before = results(finished / "smoke", "q2a")["curves"]
+    run_q2a(finished, "--resume", "--epochs", "3")
+    curves = results(finished / "smoke", "q2a")["curves"]
+    assert curves["step"][: len(before["step"])] == before["step"] and curves["epoch"][-1] == 3
+    assert curves["step"] == sorted(curves["step"]) and curves["valid"]["kl_bpd"][0] == before["valid"]["kl_bpd"][0]
+    assert "step     1 " not in capsys.readouterr().out  # of the first epoch none is made again
     with pytest.raises(SystemExit) as stop:
-        run_main("q2a", finished, "--resume", "--epochs", "1")
-    assert stop.value.code == 2 and "--epochs 1" in capsys.readouterr().err
+        run_q2a(finished, "--resume", "--epochs", "1")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "--epochs" in message and "9 steps" in message
+
+
+def test_resume_of_a_finished_run_makes_no_step_and_gives_the_same(finished, undrawn, no_step):
+    before = results(finished / "smoke", "q2a")
+    run_q2a(finished, "--resume")
+    after = results(finished / "smoke", "q2a")
+    assert without_seconds(after["curves"]) == without_seconds(before["curves"]) and after["final"] == before["final"]
+
+
+def precisions(finished):
+    had = results(finished / "smoke", "q2a")["args"]["precision"]
+    return had, {"fp32": "bf16", "bf16": "fp32"}[had]
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
-        (["--seed", "1"], "--seed"), (["--batch-size", "8"], "--batch-size"), (["--latents", "3"], "--latents"),
-        (["--lr", "0.1"], "--lr"), (["--limit", "50"], "--limit, the data"), (["--precision", "fp32"], "--precision"),
+        (["--seed", "1"], ["--seed (0, now 1)"]), (["--batch-size", "8"], ["--batch-size (16, now 8)"]),
+        (["--latents", "3"], ["--latents (4, now 3)", "the network"]), (["--lr", "0.1"], ["--lr (0.001, now 0.1)"]),
+        (["--limit", "50"], ["--limit (48, now 50)", "the data"]), (["--schedule", "constant"], ["--schedule"]),
+        (["--muon-lr", "0"], ["--muon-lr (0.02, now 0.0)"]),
     ],
 )  # fmt: skip
-def test_resume_with_other_arguments_is_refused_and_names_them(change, named, finished, capsys):
-    if change == ["--precision", core.choose_precision("auto", "cpu")]:
-        pytest.skip("that is what it was")
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
+def test_resume_with_other_arguments_is_refused_and_names_both_values(change, named, finished, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*.*")}
     with pytest.raises(SystemExit) as stop:
-        run_main("q2a", finished, "--resume", "--epochs", "3", *change)
+        run_q2a(finished, "--resume", "--epochs", "3", *change)
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and named in message
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")} == before
+    assert stop.value.code == 2 and message.count("\n") == 1 and all(name in message for name in named)
+    assert {path: path.read_bytes() for path in finished.rglob("*.*")} == before
 
 
-def test_a_run_without_resume_sets_an_earlier_checkpoint_aside(finished, capsys):
-    path = finished / "smoke/q2a/progress/q2a.pt"
+def test_on_resume_the_precision_is_what_the_run_had(finished, capsys, undrawn, monkeypatch):
+    had, other = precisions(finished)
+    with pytest.raises(SystemExit) as stop:
+        run_q2a(finished, "--resume", "--precision", other)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"--precision ({had}, now {other})" in message
+    for native in (False, True):  # whatever this machine would have chosen
+        for unit in ("avx512_bf16", "amx_tile"):
+            monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda native=native: native, raising=False)
+        run_q2a(finished, "--resume")
+        assert results(finished / "smoke", "q2a")["args"]["precision"] == had
+        assert f"--precision {had}" in capsys.readouterr().out
+
+
+def test_a_run_without_resume_sets_an_earlier_checkpoint_aside(finished, capsys, undrawn):
+    path = finished / "smoke/q2a/checkpoint.pt"
     before = path.read_bytes()
-    run_main("q2a", finished, "--epochs", "0")
-    assert "q2a.old.pt; --resume would" in capsys.readouterr().out
+    run_q2a(finished, "--epochs", "0")
+    assert "checkpoint.old.pt; --resume would" in capsys.readouterr().out
     assert path.with_suffix(".old.pt").read_bytes() == before != path.read_bytes()
-    path.with_suffix(".old.pt").replace(path)
 
 
 def test_resume_refuses_a_broken_checkpoint(finished, capsys):
-    path = finished / "smoke/q2a/progress/q2a.pt"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SystemExit) as stop:
-        run_main("q2a", finished, "--resume", "--epochs", "3")
-    message = capsys.readouterr().err
-    path.write_bytes(whole)
-    assert stop.value.code == 2 and message.count("\n") == 1 and "q2a.pt: not a readable checkpoint" in message
+    path = finished / "smoke/q2a/checkpoint.pt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for precision in ("auto", "fp32"):
+        with pytest.raises(SystemExit) as stop:
+            run_q2a(finished, "--resume", "--epochs", "3", "--precision", precision)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1
+        assert "checkpoint.pt: not a readable checkpoint" in message
 
 
-def test_a_full_disk_costs_a_checkpoint_and_is_said(finished, monkeypatch, capsys):
-    path = finished / "smoke/q2a/progress/q2a.pt"
-    before = path.read_bytes()
+def full_disk(monkeypatch, wanted):
+    """Writing a file that is `wanted` ends half way: the disk is full."""
 
-    def full(path, write):
-        if path.parent.name == "progress" and path.name != ".writable":
-            part = path.with_name(path.name + ".part")
-            part.write_bytes(b"half")
-            part.unlink()
+    def write_whole(path, write):
+        def half(file):
+            file.write(b"half")
             raise OSError(28, "No space left on device")
-        return whole(path, write)
+
+        return whole(path, half if wanted(path) else write)
 
     whole = core.write_whole
-    monkeypatch.setattr(core, "write_whole", full)
-    run_main("q2a", finished, "--resume", "--epochs", "4")
+    monkeypatch.setattr(core, "write_whole", write_whole)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_is_said(finished, monkeypatch, capsys, undrawn):
+    path = finished / "smoke/q2a/checkpoint.pt"
+    before = path.read_bytes()
+    full_disk(monkeypatch, lambda path: path.name == "checkpoint.pt")
+    run_q2a(finished, "--resume", "--epochs", "2")
     printed = capsys.readouterr()
-    assert "No space left on device" in printed.err and "epoch   4/4" in printed.out
-    assert path.read_bytes() == before
+    assert "No space left on device" in printed.err and "epoch  2.00" in printed.out
+    assert path.read_bytes() == before and not list(finished.rglob("*.part"))
 
 
-def tiny_model(poison):
-    """A linear-Gaussian VAE in the plane whose bound is not finite at the steps that poison(step) names."""
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
 
-    class Poisoned(core.VAE):
-        steps = 0
+    def write(file):
+        file.write(b"half")
+        raise OSError(28, "disk full")
 
-        def forward(self, x, noise):
-            terms = super().forward(x, noise)
-            if self.training:
-                self.steps += 1
-                if poison(self.steps):
-                    terms = core.Terms(terms.recon * float("nan" if self.steps % 2 else "inf"), terms.kl)
-            return terms
-
-    make = core.GaussianMLP
-    return Poisoned(make((8,), torch.nn.SiLU), make((8,), torch.nn.SiLU), core.StandardNormal((2,)))
+    with pytest.raises(OSError, match="disk full") as error:
+        core.write_whole(path, write)
+    assert path.read_text("utf-8") == "old" and list(tmp_path.iterdir()) == [path]
+    assert error.value.filename == str(path)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_steps_without_a_finite_gradient_are_skipped_and_counted(precision, tmp_path, capsys):
-    splits = {k: torch.randn(n, 2) for k, n in (("train", 400), ("valid", 20), ("test", 20))}
-    args = arguments(epochs=2, batch_size=10, lr=1e-2, precision=precision)
-    curves = core.fit(tiny_model(lambda step: step in (3, 4, 50)), splits, args, tmp_path / "a.pt")
-    assert curves["skipped_steps"] == 3 and "3 steps skipped so far" in capsys.readouterr().out
-    model = tiny_model(lambda step: step > 60)
-    with pytest.raises(SystemExit) as stop:
-        core.fit(model, splits, args, tmp_path / "b.pt")
-    message = capsys.readouterr().err
-    assert stop.value.code == 1 and "10 steps in a row" in message and "epoch 2, by step 30" in message
-    assert all(p.isfinite().all() for p in model.parameters())
-    kept = torch.load(tmp_path / "b.pt", weights_only=True)
-    assert kept["at"]["epoch"] == 2 and all(p.isfinite().all() for p in kept["model"].values())
-    args = arguments(epochs=20, batch_size=400, precision=precision)  # one step an epoch
-    with pytest.raises(SystemExit):
-        core.fit(tiny_model(lambda step: True), splits, args)
-    assert "10 steps in a row" in capsys.readouterr().err
+# ------------------------------------------------------------------------------------------------------- results first
+
+DRAWN = {"curves.png", "samples.png", "interpolations.png", "reconstructions.png"}
 
 
-def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
+def assert_missing(folder, status, printed, missing):
+    """The run ended with status 1, weights and metrics are there, and a line and the report name each missing thing."""
+    assert status == 1
+    lines = printed.strip().splitlines()
+    for name in missing:
+        assert sum(line.startswith(f"warning: {name} is missing: ") for line in lines) == 1, name
+    assert lines[-1].startswith("error: missing: ") and "--resume" in lines[-1] and "Traceback" not in printed
+    metrics, report = results(folder, ""), (folder / "report.md").read_text("utf-8")
+    assert set(metrics["failed"]) == set(missing) and set(metrics["final"]) == set(core.SPLITS)
+    assert all(f"**Missing: {name}.**" in report for name in missing)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["finished"] is True
+    assert {path.name for path in folder.glob("*.png")} == DRAWN - set(missing)
+    assert not list(folder.rglob("*.part"))
+
+
+def assert_made_up_for(folder):
+    metrics = results(folder, "")
+    assert metrics["failed"] == {} and {path.name for path in folder.glob("*.png")} == DRAWN
+    assert "Missing" not in (folder / "report.md").read_text("utf-8")
+
+
+def test_without_torchvision_the_results_are_kept_and_resume_makes_up_for_the_figures(tmp_path, no_step):
+    """A torchvision that raises when it is imported, as one that was built for another torch does."""
+    stub = tmp_path / "stub" / "torchvision"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    command = ["q2a.py", "--smoke", "--device", "cpu", "--limit", "20", "--out", tmp_path]
+    broken = run(*command, PYTHONPATH=str(stub.parent), OMP_NUM_THREADS="1")
+    assert "warning: a trial figure is missing: RuntimeError" in broken.stderr.splitlines()[0]  # in the first second
+    assert_missing(tmp_path / "smoke/q2a", broken.returncode, broken.stderr, DRAWN - {"curves.png"})
+    run_q2a(tmp_path, "--limit", "20", "--resume")
+    assert_made_up_for(tmp_path / "smoke/q2a")
+
+
+def test_a_figure_that_cannot_be_drawn_is_named_and_resume_makes_up_for_it(finished, monkeypatch, capsys, no_step):
+    folder = finished / "smoke/q2a"
+    for path in folder.glob("*.png"):
+        path.unlink()
+
+    def wrong(*args):
+        raise IndexError("no such axis")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(core, "draw_curves", wrong)
+        patch.setattr(q2a, "straight_lines", wrong)
+        patch.setattr(q2a, "check_prior", wrong)
+        run_q2a(finished, "--resume")
+    printed = capsys.readouterr().err
+    missing = {"curves.png", "interpolations.png", "the check of the prior"}
+    assert_missing(folder, stop.value.code, printed, missing)
+    assert "no such axis (test_resume.py, line" in printed and "check of the prior" in printed
+    run_q2a(finished, "--resume")
+    assert_made_up_for(folder)
+
+
+def test_a_disk_that_is_full_when_figures_are_drawn_costs_only_them(finished, monkeypatch, capsys, no_step):
+    folder = finished / "smoke/q2a"
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        full_disk(patch, lambda path: path.suffix == ".png")
+        run_q2a(finished, "--resume")
+    assert_missing(folder, stop.value.code, capsys.readouterr().err, DRAWN)
+    run_q2a(finished, "--resume")
+    assert_made_up_for(folder)
+
+
+# ----------------------------------------------------------------------------------------------- signals, the machine
+
+
+def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
     def raiser(error):
         def main():
             raise error
@@ -259,30 +373,27 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys):
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "--batch-size"),
         (OSError(28, "No space left on device", "x/metrics.json"), 1, "x/metrics.json: No space left on device"),
     ):  # fmt: skip
-        before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as stop:
             core.launch(raiser(error))
-        signal.signal(signal.SIGTERM, before)
         message = capsys.readouterr().err
         assert stop.value.code == status and message.count("\n") == 1 and words in message
     with pytest.raises(RuntimeError, match="a mistake"):
         core.launch(raiser(RuntimeError("a mistake")))
-    signal.signal(signal.SIGTERM, before)
+    with pytest.raises(OSError, match="a library's"):  # not of the machine: its traceback is of use
+        core.launch(raiser(OSError("a library's")))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_signals_outside_training_end_the_run_and_a_second_one_in_training_does_so_at_once(capsys):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
-    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):  # as while figures are drawn
+def test_signals_end_the_run_wherever_it_is(capsys):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
+    for number in handlers:  # as while figures are drawn
         with pytest.raises(SystemExit) as stop:
-            core.launch(lambda number=number: os.kill(os.getpid(), number))
+            core.launch(lambda number=number: os.kill(os.getpid(), number) or time.sleep(1))
         message = capsys.readouterr().err
-        assert stop.value.code == status and message.count("\n") == 1 and "--resume" in message
-    with pytest.raises(KeyboardInterrupt), core.catch_signals() as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert caught == [signal.SIGTERM] and "once more to stop at once" in capsys.readouterr().err
-        os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
+        assert stop.value.code == 128 + number and message.count("\n") == 1 and "--resume" in message
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 OUT_OF_MEMORY = """

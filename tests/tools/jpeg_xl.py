@@ -1,6 +1,6 @@
 """What lossless JPEG XL makes of a data set's test images, into results/published/jpeg_xl.json for the README's table.
 
-    pip install pillow-jxl-plugin && python tests/jpeg_xl.py --data synthetic --limit 4000
+    pip install pillow-jxl-plugin && python tests/tools/jpeg_xl.py --data synthetic --limit 4000
 
 Of the first 1,000 test images, as PNG and WebP in every run's metrics: bits/dim of the mean file, headers and all, at
 effort 9. The file's keys are the data sets' SHA-256, as in metrics.json.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pillow_jxl  # noqa: F401  teaches Pillow the format
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import core  # noqa: E402
 
@@ -29,7 +29,7 @@ def main():
     path = ROOT / "results" / "published" / "jpeg_xl.json"
     known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     known[data.describe()["sha256"]] = {"data": data.name, "bpd": bound}
-    core.write_json(path, known)
+    core.write_whole(path, lambda file: file.write((json.dumps(known, indent=1) + "\n").encode()))
     print(f"{data.name}: JPEG XL {bound:.4f} bits/dim, into {path}")
 
 

@@ -1,4 +1,7 @@
-"""The README's results table, from results/published: `python tests/readme_table.py` writes it into README.md."""
+"""The table of published results, from results/published: `python tests/tools/readme_table.py` writes it anew.
+
+Into results/README.md, or into README.md if the table is there.
+"""
 
 import argparse
 import json
@@ -6,27 +9,28 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import bonus  # noqa: E402
-import core  # noqa: E402
 import q1a  # noqa: E402
 import q1b  # noqa: E402
+import q2a  # noqa: E402
+import q2b  # noqa: E402
 
 COLUMNS = (
     "question, model", "data", "−ELBO, bits/dim", "KL, bits/dim", "decoder term, bits/dim", "reference, bits/dim",
     "epochs", "s", "threads", "command",
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
-DEFAULTS = {"q1a": q1a.DEFAULTS, "q1b": q1b.DEFAULTS, "bonus": bonus.DEFAULTS}
-UNSAID = ("out", "device", "smoke", "evaluate", "data_root", "clock", "resume", "compile")
+DEFAULTS = {module.__name__: module.DEFAULTS for module in (q1a, q1b, q2a, q2b, bonus)}
+UNSAID = ("out", "device", "smoke", "evaluate", "samples", "data_root", "resume", "compile")  # compile: of older runs
 
 
 def command(metrics):
     """The command line that made a run: its script and the flags that are not at their defaults."""
     defaults = {"seed": 0, "seeds": 1, "limit": None, "compare": False, "precision": "bf16"}  # auto on our machine
     defaults |= {"precision": "fp32"} if metrics["script"] in ("q1a", "q1b") else {}
-    defaults |= DEFAULTS.get(metrics["script"], core.IMAGE_DEFAULTS)
+    defaults |= {"handout": False, "table_epochs": None} | DEFAULTS[metrics["script"]]
     flags = [f"{metrics['script']}.py"]
     for name, value in metrics["args"].items():
         if name not in (*UNSAID, "compare" if metrics["script"] == "q2a" else "") and value != defaults.get(name):
@@ -82,11 +86,24 @@ def rows():
             yield row(metrics, script.removeprefix("q"), metrics["final"]["test"], reference)
 
 
+def table_file():
+    """The file that holds the table: results/README.md, or README.md while there is no other."""
+    files = [ROOT / "results" / "README.md", ROOT / "README.md"]
+    return next((path for path in files if path.exists() and HEAD in path.read_text("utf-8")), files[0])
+
+
+def parts(text):
+    """The text before the table, the table's rows, and the text after it."""
+    before, rest = text.split(HEAD)
+    table = rest.split("\n\n")[0].rstrip("\n")
+    return before, table.splitlines(), rest[len(table) :]
+
+
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    path = ROOT / "README.md"
-    before, rest = path.read_text("utf-8").split(HEAD)
-    after = rest[rest.index("\n\n") :]
+    path = table_file()
+    text = path.read_text("utf-8") if path.exists() else f"# Published results\n\n{HEAD}\n"
+    before, _, after = parts(text)
     path.write_text(before + HEAD + "\n".join(rows()) + after, "utf-8")
 
 

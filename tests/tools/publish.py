@@ -1,8 +1,8 @@
-"""Copy a finished run into results/published, from where `python tests/readme_table.py` puts it into the README.
+"""Copy a finished run into results/published, from where `python tests/tools/readme_table.py` puts it into the README.
 
-python tests/publish.py results/q2b                  metrics.json, report.md and all figures
-python tests/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only those
-                                                     figures that show no image of the data
+python tests/tools/publish.py results/q2b                  metrics.json, report.md and all figures
+python tests/tools/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only
+                                                           those figures that show no image of the data
 Pictures over 200 kB are copied in 256 colours. A published run of the same name gives way to it.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
+PUBLISHED = Path(__file__).resolve().parent.parent.parent / "results" / "published"
 LIMIT = 200_000  # bytes
 SHOW_DATA = ("report.md", "interpolations.png", "reconstructions.png", "lossy.png", "neighbours.png")
 
@@ -33,6 +33,8 @@ def main():
     if not (args.folder / "metrics.json").exists():
         parser.error(f"{args.folder}: no finished run, as there is no metrics.json")
     metrics = json.loads((args.folder / "metrics.json").read_text("utf-8"))
+    if metrics.get("failed") or not metrics.get("finished", True):
+        parser.error(f"{args.folder}: not a finished run; missing: {', '.join(metrics['failed']) or 'training'}")
     target = PUBLISHED / folder_name(metrics)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
