@@ -49,20 +49,20 @@ def test_every_command_in_the_readme_parses(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def text_with_table():
-    return readme_table.table_file().read_text("utf-8")
+@pytest.mark.parametrize("name", readme_table.TABLES)
+def test_a_table_of_results_is_that_of_the_published_runs_and_nothing_else(name):
+    head, rows = readme_table.TABLES[name]
+    _, table, _ = readme_table.parts((ROOT / name).read_text("utf-8"), head)
+    assert table == list(rows()) and len(table) >= 6
 
 
-def test_results_table_of_the_readme_is_the_published_results_and_nothing_else():
-    _, table, _ = readme_table.parts(text_with_table())
-    assert table == list(readme_table.rows()) and len(table) >= 6
-
-
-def test_the_table_is_found_whole_and_a_row_that_is_stale_is_seen():
-    before, table, after = readme_table.parts(text_with_table())
-    assert before + readme_table.HEAD + "\n".join(table) + after == text_with_table()
-    stale = text_with_table().replace(table[-1], table[-1] + "\n" + table[0])
-    assert readme_table.parts(stale)[1] == [*table, table[0]]
+@pytest.mark.parametrize("name", readme_table.TABLES)
+def test_a_table_is_found_whole_and_a_row_that_is_stale_is_seen(name):
+    (head, _), text = readme_table.TABLES[name], (ROOT / name).read_text("utf-8")
+    before, table, after = readme_table.parts(text, head)
+    assert before + head + "\n".join(table) + after == text
+    stale = text.replace(table[-1], table[-1] + "\n" + table[0])
+    assert readme_table.parts(stale, head)[1] == [*table, table[0]]
 
 
 def test_tests_and_files_named_in_the_readme_exist_and_its_sizes_are_about_right():

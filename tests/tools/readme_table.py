@@ -1,6 +1,6 @@
-"""The table of published results, from results/published: `python tests/tools/readme_table.py` writes it anew.
+"""The tables of results, from results/published: `python tests/tools/readme_table.py` writes them.
 
-Into results/README.md, or into README.md if the table is there.
+results/README.md holds every published run, README.md one row for each question.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import bonus  # noqa: E402
+import core  # noqa: E402
 import q1a  # noqa: E402
 import q1b  # noqa: E402
 import q2a  # noqa: E402
@@ -19,9 +20,14 @@ import q2b  # noqa: E402
 
 COLUMNS = (
     "question, model", "data", "−ELBO, bits/dim", "KL, bits/dim", "decoder term, bits/dim", "reference, bits/dim",
-    "epochs", "s", "threads", "command",
+    "epochs", "training, s", "threads", "command",
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+SHORT_COLUMNS = ("question, model", "data", "−ELBO, bits/dim", "reference, bits/dim", "epochs", "training, s")
+SHORT_HEAD = f"| {' | '.join(SHORT_COLUMNS)} |\n{'|---' * len(SHORT_COLUMNS)}|\n"
+SHORT_MODELS = ("data1_diagonal", "data2_diagonal", "diagonal", "isotropic")  # of 1A and 1B
+SHORT_DATA = ", at most 4000 training images"  # of the image models
+BEFORE_MUON = {"muon_lr": 0.0, "schedule": "one-cycle"}  # how runs were trained that do not say
 DEFAULTS = {module.__name__: module.DEFAULTS for module in (q1a, q1b, q2a, q2b, bonus)}
 UNSAID = ("out", "device", "smoke", "evaluate", "samples", "data_root", "resume", "compile")  # compile: of older runs
 
@@ -32,27 +38,45 @@ def command(metrics):
     defaults |= {"precision": "fp32"} if metrics["script"] in ("q1a", "q1b") else {}
     defaults |= {"handout": False, "table_epochs": None} | DEFAULTS[metrics["script"]]
     flags = [f"{metrics['script']}.py"]
-    for name, value in metrics["args"].items():
+    args = (BEFORE_MUON if "data" in metrics["args"] else {}) | metrics["args"]
+    for name, value in args.items():
         if name not in (*UNSAID, "compare" if metrics["script"] == "q2a" else "") and value != defaults.get(name):
             flags.append(f"--{name.replace('_', '-')}")
             flags += [] if value is True else [Path(value).name if name == "data" else f"{value}"]
     return "python " + " ".join(flags)
 
 
-def row(metrics, what, bound, reference, others=()):
-    """One line of the table: test figures; over seeds their mean and standard deviation, else ± the standard error."""
-    data, cell = (
-        metrics["data"].get("name", "Gaussian"),
-        f"{bound['neg_elbo_bpd']:.4f} ± {bound['neg_elbo_se_bpd']:.4f}",
-    )
-    kl, recon = bound["kl_bpd"], bound["recon_bpd"]
-    if others:
-        values = [f["neg_elbo_bpd"] for f in others]
-        cell = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f} (sd, n = {len(values)})"
-        kl, recon = (statistics.mean(f[key] for f in others) for key in ("kl_bpd", "recon_bpd"))
+def seconds(metrics):
+    """Of training alone; of the whole script where an older run does not say."""
+    curves = metrics["curves"]
+    parts = [curves] if "seconds" in curves else list(curves.values())
+    known = [part["seconds"] for part in parts if isinstance(part, dict) and "seconds" in part]
+    return f"{sum(known):,.0f}" if known else f"{metrics['seconds']:,.0f} (script)"
+
+
+def bound_cell(bounds):
+    """Over seeds, mean and range; of one, ± the standard error over test examples."""
+    if len(bounds) < 2:
+        return f"{bounds[0]['neg_elbo_bpd']:.4f} ± {bounds[0]['neg_elbo_se_bpd']:.4f}"
+    values = [f["neg_elbo_bpd"] for f in bounds]
+    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f}, n = {len(values)})"
+
+
+def row(metrics, what, bounds, reference):
+    """One line of the full table: test figures of one run, over its seeds."""
+    kl, recon = (statistics.mean(f[key] for f in bounds) for key in ("kl_bpd", "recon_bpd"))
     return (
-        f"| {what} | {data} | {cell} | {kl:.4f} | {recon:.4f} | {reference} | {metrics['args']['epochs']} "
-        f"| {metrics['seconds']:,.0f} | {metrics['env']['threads']} | `{command(metrics)}` |"
+        f"| {what} | {metrics['data'].get('name', 'Gaussian')} | {bound_cell(bounds)} | {kl:.4f} | {recon:.4f} "
+        f"| {reference} | {metrics['args']['epochs']} | {seconds(metrics)} | {metrics['env']['threads']} "
+        f"| `{command(metrics)}` |"
+    )
+
+
+def short_row(metrics, what, bounds, reference):
+    """One line of the README's table."""
+    data = metrics["data"].get("name", "Gaussian")
+    return (
+        f"| {what} | {data} | {bound_cell(bounds)} | {reference} | {metrics['args']['epochs']} | {seconds(metrics)} |"
     )
 
 
@@ -67,44 +91,73 @@ def published():
     return sorted(runs, key=place)
 
 
-def rows():
-    """All lines. The reference of an image bound: lossless codecs, measured by any published run on the same images."""
-    runs = published()
-    codecs = {m["data"].get("sha256"): m["test_codecs_bpd"] for m in runs if "test_codecs_bpd" in m}
+def references():
+    """{SHA-256 of an image set: what lossless codecs make of it, and its floor}, from any published run on it."""
+    known = {}
     jpeg_xl = json.loads((ROOT / "results/published/jpeg_xl.json").read_text("utf-8"))
-    for metrics in runs:
-        script = metrics["script"]
-        if script in ("q1a", "q1b"):
-            for model, f in metrics["final"].items():
-                bound, what = f.get("test", f), f"{script[1:].upper()}, {model.replace('_', ', ')}"
-                seeds = [final[model].get("test", final[model]) for final in metrics.get("seeds", {}).values()]
-                yield row(metrics, what, bound, f"true density {bound['floor_bpd']:.4f}", seeds)
+    for metrics in published():
+        key = metrics["data"].get("sha256")
+        codecs = metrics.get("test_codecs_bpd", {}) | ({"JPEG XL": jpeg_xl[key]["bpd"]} if key in jpeg_xl else {})
+        found = known.setdefault(key, {})
+        found |= {codec: f"{codec} {value:.3f}" for codec, value in codecs.items()}
+        if "floor" in metrics:
+            low = metrics["floor"]["scene_known_bpd"]
+            found["floor"] = f"entropy {low:.3f} to {low + core.SCENE_COST_BPD:.3f}"
+    return {key: ", ".join(found.values()) for key, found in known.items()}
+
+
+def plane_rows(metrics, make):
+    """A line for each model of 1A or 1B, over its seeds."""
+    for model in metrics["final"]:
+        finals = metrics.get("seeds", {"0": metrics["final"]}).values()
+        bounds = [final[model].get("test", final[model]) for final in finals]
+        what = f"{metrics['script'][1:].upper()}, {model.replace('_', ', ')}"
+        if make is row or model in SHORT_MODELS:
+            yield make(metrics, what, bounds, f"true density {bounds[0]['floor_bpd']:.4f}")
+
+
+def rows():
+    """All lines of the full table."""
+    image_references = references()
+    for metrics in published():
+        if metrics["script"] in ("q1a", "q1b"):
+            yield from plane_rows(metrics, row)
         else:
-            key = metrics["data"]["sha256"]
-            measured = codecs.get(key, {}) | ({"JPEG XL": jpeg_xl[key]["bpd"]} if key in jpeg_xl else {})
-            reference = ", ".join(f"{codec} {value:.3f}" for codec, value in measured.items())
-            yield row(metrics, script.removeprefix("q"), metrics["final"]["test"], reference)
+            reference = image_references[metrics["data"]["sha256"]]
+            yield row(metrics, metrics["script"].removeprefix("q"), [metrics["final"]["test"]], reference)
 
 
-def table_file():
-    """The file that holds the table: results/README.md, or README.md while there is no other."""
-    files = [ROOT / "results" / "README.md", ROOT / "README.md"]
-    return next((path for path in files if path.exists() and HEAD in path.read_text("utf-8")), files[0])
+def short_rows():
+    """A line for each model of question 1, and for each image script over the published seeds of its main job."""
+    image_references = references()
+    groups = {}
+    for metrics in published():
+        args = metrics["args"]
+        if metrics["script"] in ("q1a", "q1b"):
+            yield from plane_rows(metrics, short_row)
+        elif metrics["data"]["name"].endswith(SHORT_DATA) and args.get("muon_lr") and args["precision"] == "bf16":
+            groups.setdefault(metrics["script"], []).append(metrics)
+    for script, runs in groups.items():
+        bounds = [metrics["final"]["test"] for metrics in runs]
+        reference = image_references[runs[0]["data"]["sha256"]]
+        yield short_row(runs[0], script.removeprefix("q"), bounds, reference)
 
 
-def parts(text):
-    """The text before the table, the table's rows, and the text after it."""
-    before, rest = text.split(HEAD)
+def parts(text, head):
+    """The text before a table, the table's rows, and the text after it."""
+    before, rest = text.split(head)
     table = rest.split("\n\n")[0].rstrip("\n")
     return before, table.splitlines(), rest[len(table) :]
 
 
+TABLES = {"results/README.md": (HEAD, rows), "README.md": (SHORT_HEAD, short_rows)}
+
+
 def main():
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    path = table_file()
-    text = path.read_text("utf-8") if path.exists() else f"# Published results\n\n{HEAD}\n"
-    before, _, after = parts(text)
-    path.write_text(before + HEAD + "\n".join(rows()) + after, "utf-8")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for name, (head, lines) in TABLES.items():
+        before, _, after = parts((ROOT / name).read_text("utf-8"), head)
+        (ROOT / name).write_text(before + head + "\n".join(lines()) + after, "utf-8")
 
 
 if __name__ == "__main__":
