@@ -966,9 +966,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """Adam; and, if muon_lr is not 0, Muon for what connects hidden layers: matrices, and kernels larger than 1x1."""
+    """Adam; and, if muon_lr is not 0, Muon for matrices and kernels larger than 1x1 from and to 16 channels or more.
+
+    Adam keeps what touches pixels, the 1x1 heads and the biases: under Muon, first and last layers learned worse.
+    """
     learned = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 64 and p.shape[2:] != (1, 1)]
+    hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)]
     others = [p for p in learned if id(p) not in set(map(id, hidden))]
     adam = torch.optim.Adam(others, lr=lr, fused=others[0].device.type in ("cpu", "cuda"))
     return [adam, Muon(hidden, lr=muon_lr)] if hidden else [adam]

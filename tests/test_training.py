@@ -247,7 +247,7 @@ def test_both_optimisers_follow_the_schedule_and_share_the_weights_out(monkeypat
     learned = {name: p for name, p in model.named_parameters() if not name.startswith("prior")}
     assert not shared[0] & shared[1] and shared[0] | shared[1] == {id(p) for p in learned.values()}
     for name, p in learned.items():
-        hidden = p.ndim == 4 and min(p.shape[:2]) >= 64 and p.shape[2] > 1
+        hidden = p.ndim == 4 and min(p.shape[:2]) >= 16 and p.shape[2] > 1
         assert (id(p) in shared[1]) == hidden, name
     assert len(core.make_optimisers(model, 1e-3, 0.0)) == 1
     rates, make, wide = [], core.make_optimisers, VAE(*(core.GaussianMLP((64, 64), nn.SiLU) for _ in range(2)),
