@@ -1336,12 +1336,9 @@ def settings(args: argparse.Namespace, but: tuple[str, ...] = ()) -> dict[str, A
 
 def cpu_name() -> str:
     """The processor's name, and how many of its cores there are."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")  # of Linux
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def save_figure(fig: Any, path: Path) -> None:
@@ -1461,15 +1458,15 @@ def floor_text(floor: dict[str, Any] | None) -> str:
 
 | on the first {floor["images"]:,} test images | bits/dim |
 |---|---|
-| noise of the camera: the scene known | {known:.4f} ± {floor["scene_known_se_bpd"]:.4f} |
-| entropy, at most: and the scene paid for | {known + SCENE_COST_BPD:.4f} |
-| the scene known, but each pixel's three colours coded apart | {apart:.4f} |
+| the camera's noise: −log P(image given its scene) | {known:.4f} ± {floor["scene_known_se_bpd"]:.4f} |
+| entropy, at most: the scene paid for too | {known + SCENE_COST_BPD:.4f} |
+| scene known, but each pixel's three colours coded apart | {apart:.4f} |
 | this model's −ELBO | {known + floor["excess_bpd"]:.4f} |
 
-Of these bits, {known:.2f} are noise that no model can remove, and at most {SCENE_COST_BPD:.2f} say what the picture
-shows. The model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} bits/dim (paired by image) above the
-noise. A decoder whose colours know nothing of each other pays {apart - known:.2f} of it even with a perfect code,
-unless the code carries noise; the rest is what the code costs, what it misses, and training that could go on.
+{known:.2f} bits/dim are noise that no model can remove; at most {SCENE_COST_BPD:.2f} say what the picture shows. The
+model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more than the noise (paired by image). A decoder
+whose colours know nothing of each other pays {apart - known:.2f} of it even with a perfect code, unless the code
+carries noise; the rest is the code's price, what it misses, and training that could go on.
 """
 
 
@@ -1599,8 +1596,7 @@ class Parser(argparse.ArgumentParser):
         add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
         add("--batch-size", type=number(int, 1, 10**9), help="examples per step")
         add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
-        seed = "of weights, batches, training noise, and the split of a file with the one key images"
-        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=seed)
+        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches, noise; of a file's split")
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
         add("--out", default="results", help=f"results go to OUT/{script}")
         add("--resume", action="store_true", help="go on with an interrupted run, or with more epochs")
@@ -1618,18 +1614,14 @@ class ImageParser(Parser):
         add = self.add_argument
         add("--data", help="svhn, synthetic, or FILE.npz; with --smoke, synthetic unless given")
         add("--data-root", default="data", help="where data sets are downloaded or kept")
-        limit = "train on the first LIMIT images, validate and test on a tenth as many each"
-        add("--limit", type=number(int, 20, 10**9), help=limit)
+        add("--limit", type=number(int, 20, 10**9), help="of training images; of validation and test a tenth as many")
         add("--latents", type=number(int, least_latents, 4096), help="channels of z, 8 x 8 positions")
-        add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for hidden kernels; 0: Adam alone")
+        add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for kernels; 0: Adam alone")
         add("--schedule", choices=tuple(SCHEDULES), help="of both learning rates")
         add("--handout", action="store_true", help="train as the handout recommends: Adam at a constant 2e-4")
-        precision = "of training steps (auto: bf16 if the hardware multiplies it); reported bounds are fp32"
-        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
-        evaluate = "train nothing: bounds, figures and report of a checkpoint, into OUT/<script>/evaluate"
-        add("--evaluate", metavar="CHECKPOINT", help=evaluate)
-        samples = "also write so many samples as single images, samples/0000.png, ..."
-        add("--samples", type=number(int, 0, 10**6), default=0, help=samples)
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: what is fastest")
+        add("--evaluate", metavar="CHECKPOINT", help=f"train nothing; all else, into OUT/{script}/evaluate")
+        add("--samples", type=number(int, 0, 10**6), default=0, help="so many samples as samples/0000.png, ...")
 
 
 def parse_args(
