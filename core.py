@@ -928,17 +928,20 @@ HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")  # what
 
 
 def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
-    """x with its singular values moved towards 1 and its singular vectors kept. [short, long] -> the same.
+    """A matrix with its singular values moved towards 1 and its singular vectors kept. [rows, columns] -> the same.
 
-    Newton-Schulz: x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are polynomials of
-    the first g, so the iteration needs [short, short] alone; q is the product of the factors.
+    Newton-Schulz, for a wide x: x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are
+    polynomials of the first g, so the iteration needs g alone; q is their product. For a tall x: g = x^T x, on the
+    right.
     """
-    norm, identity = torch.linalg.matrix_norm(x).clamp_min(1e-20), torch.eye(len(x), dtype=x.dtype, device=x.device)
-    g, q = x @ x.T / norm**2, identity / norm
+    tall = len(x) > x.shape[1]
+    g = x.T @ x if tall else x @ x.T
+    norm, identity = g.trace().clamp_min(1e-40).sqrt(), torch.eye(len(g), dtype=x.dtype, device=x.device)
+    g, q = g / norm**2, identity / norm
     for _ in range(iterations):
         factor = 3.4445 * identity - 4.7750 * g + 2.0315 * g @ g
         g, q = factor @ g @ factor, q @ factor
-    return q @ x
+    return x @ q if tall else q @ x
 
 
 class Muon(torch.optim.Optimizer):
@@ -958,10 +961,9 @@ class Muon(torch.optim.Optimizer):
             (a, b), gradient = kernel.shape[:2], kernel.grad
             m = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
             m.lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(m, group["momentum"])
-            update = update.transpose(0, 1) if a > b else update  # the smaller of a and b is alone on one side
-            update = orthogonalise(update.flatten(1)).view(update.shape)
-            update = update.transpose(0, 1) if a > b else update
+            update = gradient.lerp(m, group["momentum"]).movedim(1, -1)  # (a, h, w, b): no copy if channels are last
+            matrix = update.reshape(-1, b) if a > b else update.reshape(a, -1)  # the smaller of a and b alone
+            update = orthogonalise(matrix).view(update.shape).movedim(-1, 1)
             kernel.sub_(update, alpha=group["lr"] * max(1, a / b) ** 0.5)
 
 
@@ -1373,7 +1375,7 @@ def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float
         margin = 0.06 * (high - low) + 1e-3
         ax.set(title=title, xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin))
         ax.set_xscale("log" if steps[-1] else "linear")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper right")
 
 
 def plot_curves(curves: dict[str, Any], title: str, path: Path, floor: dict[str, Any] | None = None) -> None:

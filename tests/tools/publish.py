@@ -19,9 +19,10 @@ SHOW_DATA = ("report.md", "interpolations.png", "reconstructions.png", "lossy.pn
 
 
 def folder_name(metrics):
-    """q1a, or q2b_synthetic_4000_fp32: the script, and for images the data, the limit, and fp32 where training was."""
-    data, limit, precision = (metrics["args"].get(name) for name in ("data", "limit", "precision"))
-    parts = (metrics["script"], data and Path(data).stem, limit, data and precision == "fp32" and precision)
+    """q1a, or q2b_synthetic_4000_fp32_seed_1: the script, for images data, limit and fp32, and a seed other than 0."""
+    data, limit, precision, seed = (metrics["args"].get(name) for name in ("data", "limit", "precision", "seed"))
+    fp32 = data and precision == "fp32" and precision
+    parts = (metrics["script"], data and Path(data).stem, limit, fp32, seed and f"seed_{seed}")
     return "_".join(str(part) for part in parts if part)
 
 
