@@ -936,7 +936,7 @@ def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
     """
     tall = len(x) > x.shape[1]
     g = x.T @ x if tall else x @ x.T
-    norm, identity = g.trace().clamp_min(1e-40).sqrt(), torch.eye(len(g), dtype=x.dtype, device=x.device)
+    norm, identity = g.trace().clamp_min(1e-30).sqrt(), torch.eye(len(g), dtype=x.dtype, device=x.device)
     g, q = g / norm**2, identity / norm
     for _ in range(iterations):
         factor = 3.4445 * identity - 4.7750 * g + 2.0315 * g @ g
