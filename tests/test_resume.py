@@ -182,7 +182,7 @@ def test_resume_trains_on_for_more_epochs_and_refuses_fewer(finished, capsys, un
     assert stop.value.code == 2 and message.count("\n") == 1 and "--epochs" in message and "9 steps" in message
 
 
-def test_resume_of_a_finished_run_makes_no_step_and_gives_the_same(finished, undrawn, no_step):
+def test_resume_of_a_finished_run_makes_no_step_and_gives_the_same(finished, undrawn, no_step, one_thread):
     before = results(finished / "smoke", "q2a")
     run_q2a(finished, "--resume")
     after = results(finished / "smoke", "q2a")
@@ -198,9 +198,10 @@ def precisions(finished):
     "change, named",
     [
         (["--seed", "1"], ["--seed (0, now 1)"]), (["--batch-size", "8"], ["--batch-size (16, now 8)"]),
-        (["--latents", "3"], ["--latents (4, now 3)", "the network"]), (["--lr", "0.1"], ["--lr (0.001, now 0.1)"]),
+        (["--latents", "3"], ["--latents (4, now 3)", "the network"]),
+        (["--lr", "0.1"], [f"--lr ({q2a.DEFAULTS['lr']}, now 0.1)"]),
         (["--limit", "50"], ["--limit (48, now 50)", "the data"]), (["--schedule", "constant"], ["--schedule"]),
-        (["--muon-lr", "0"], ["--muon-lr (0.02, now 0.0)"]),
+        (["--muon-lr", "0"], [f"--muon-lr ({q2a.DEFAULTS['muon_lr']}, now 0.0)"]),
     ],
 )  # fmt: skip
 def test_resume_with_other_arguments_is_refused_and_names_both_values(change, named, finished, capsys):

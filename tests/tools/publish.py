@@ -39,7 +39,7 @@ def main():
     target = PUBLISHED / folder_name(metrics)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    metrics["args"]["out"] = "results"  # folders are nobody's business
+    out, metrics["args"]["out"] = metrics["args"]["out"], "results"  # folders are nobody's business
     if "data" in metrics["args"]:
         metrics["args"]["data"] = Path(metrics["args"]["data"]).name
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
@@ -49,6 +49,9 @@ def main():
         if path.suffix == ".png" and path.stat().st_size > LIMIT:
             picture = Image.open(path).convert("RGB")  # median cut, the default, would lose the rarer colours
             picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3).save(target / path.name, optimize=True)
+        elif path.suffix == ".md":
+            text = path.read_text("utf-8").replace(f"{out}/", "results/")
+            (target / path.name).write_text(text, "utf-8")
         else:
             shutil.copy(path, target)
         print(target / path.name, (target / path.name).stat().st_size)
