@@ -10,7 +10,7 @@ import torch
 
 import core
 from conftest import ROOT
-from tools import floor
+from tools import floor, readme_table
 from tools.floor import synthetic_scenes
 
 # SHA-256 of the first 3,000 images of seeds 0 and 1 as the generator made them before it was split (commit 8ce1d25).
@@ -230,3 +230,17 @@ def test_the_scenes_cost_in_core_is_the_measured_one():
         cost = found["scene_costs_at_most"]
         assert found["scenes"] >= 90 and abs(cost["bpd"] - core.SCENE_COST_BPD) < 2 * cost["se"]
     assert measured["synthetic"]["scene_costs_at_most"]["bpd"] == pytest.approx(core.SCENE_COST_BPD, abs=5e-5)
+
+
+def test_no_published_bound_and_no_codec_is_below_the_floor():
+    runs = [m for m in readme_table.published() if m["data"].get("name", "").startswith("synthetic")]
+    checked = [m for m in runs if readme_table.floor(m)]
+    assert len(checked) >= 4
+    for metrics in checked:
+        low, bound = readme_table.floor(metrics), metrics["final"]["test"]
+        assert bound["neg_elbo_bpd"] > low + 4 * bound["neg_elbo_se_bpd"]
+        assert min(metrics["test_codecs_bpd"].values()) > low + 0.2
+        if "floor" in metrics:
+            core.check_above(metrics["floor"]["excess_bpd"], metrics["floor"]["excess_se_bpd"])
+    with pytest.raises(ValueError, match="a defect"):  # control: such a run would be found
+        core.check_above(-0.5, 0.01)
