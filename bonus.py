@@ -324,7 +324,7 @@ From a receptive field of {first["receptive_field"]} to one of {last["receptive_
 
 def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
     """KL against decoder term, one point for each row of the table."""
-    fig, ax = plt.subplots(figsize=(6, 4))
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for r in rows:
         label = f"{r['receptive_field']}" if r["latents"] else f"{r['receptive_field']}, no code"
         ax.errorbar(r["kl_bpd"], r["recon_bpd"], xerr=r["kl_se_bpd"], fmt="o" if r["latents"] else "s", capsize=3)
@@ -385,7 +385,7 @@ are those of epoch {curves["best_epoch"]:g}, the best on validation. {skipped_te
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 
 {prior_check_text(metrics.get("check_prior_nats"))}
-{floor_text(metrics.get("floor"))}
+{floor_text(metrics.get("floor"), colours_apart=False)}
 ## 2. Samples
 
 ![samples](samples.png)

@@ -970,7 +970,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Adam; and, if muon_lr is not 0, Muon for matrices and kernels larger than 1x1 from and to 16 channels or more.
 
-    Adam keeps what touches pixels, the 1x1 heads and the biases: under Muon, first and last layers learned worse.
+    Adam keeps what touches pixels, the 1x1 heads and the biases, as Muon's authors advise.
     """
     learned = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)]
@@ -1450,11 +1450,20 @@ def bounds_table(final: dict[str, dict[str, float]]) -> str:
     return "\n".join(["| split | −ELBO, bits/dim | KL term | decoder term |", "|---|---|---|---|", *rows])
 
 
-def floor_text(floor: dict[str, Any] | None) -> str:
-    """A report's section on the distance from the floor, for synthetic images; else nothing."""
+def floor_text(floor: dict[str, Any] | None, colours_apart: bool) -> str:
+    """A report's section on the distance from the floor, for synthetic images; else nothing.
+
+    colours_apart: whether the decoder codes a pixel's three colours apart, as that of 2a and 2b does.
+    """
     if not floor:
         return ""
     known, apart = floor["scene_known_bpd"], floor["colours_apart_bpd"]
+    decoder = f"""Its decoder codes a pixel's
+colours together, which apart would cost at least {apart - known:.2f} with a perfect code; what it pays is"""
+    if colours_apart:
+        decoder = f"""A decoder that
+codes the colours apart pays {apart - known:.2f} of it even with a perfect code, unless the code carries noise; the
+rest is"""
     return f"""
 ## How far from the floor
 
@@ -1466,9 +1475,8 @@ def floor_text(floor: dict[str, Any] | None) -> str:
 | this model's −ELBO | {known + floor["excess_bpd"]:.4f} |
 
 {known:.2f} bits/dim are noise that no model can remove; at most {SCENE_COST_BPD:.2f} say what the picture shows. The
-model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more than the noise (paired by image). A decoder
-whose colours know nothing of each other pays {apart - known:.2f} of it even with a perfect code, unless the code
-carries noise; the rest is the code's price, what it misses, and training that could go on.
+model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more than the noise (paired by image). {decoder}
+the code's price, what it misses, and training that could go on.
 """
 
 

@@ -263,7 +263,7 @@ def draw_evidence(axes: Any, name: str, model: VAE, x: Tensor, found: dict[str, 
 
 def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Tensor], final: dict, path: Any) -> None:
     """For each model: the data, x ~ p(x|z) and mu(z) for the same z ~ p(z), with equal axes."""
-    fig, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharex=True, sharey=True, layout="constrained")
     for ax, (name, (x, mean)) in zip(axes, samples.items(), strict=True):
         for xy, label, style in (
             (points[name.split("_")[0]][: len(x)], "test data", dict(color="0.75", s=5)),

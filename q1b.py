@@ -16,7 +16,7 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     GaussianMLP, Parser, StandardNormal, VAE, attempt, bits_per_dim, check_above, describe_run, draw_curves,
-    evaluate_points, fit, fixed_noise, in_bits, launch, noise, number, one_thread, parse_args, pasted_into_cell,
+    evaluate_points, fit, fixed_noise, in_bits, iwae, launch, noise, number, one_thread, parse_args, pasted_into_cell,
     prepare, save_checkpoint, save_figure, seeds_table, settings, skipped_text, split_points, standard_error,
     write_metrics, write_report,
 )  # fmt: skip
@@ -130,7 +130,7 @@ def compare_bounds(model: VAE, x: Tensor) -> dict[str, Any]:
     groups of draws. Effective sample size of K weights: (sum w)^2 / sum w^2.
     """
     log_w, floor = log_weights(model, x, DRAWS), -true_log_prob(x)
-    neg_iwae = {k: math.log(k) - torch.logsumexp(log_w.unflatten(0, (-1, k)), 1) for k in COUNTS}  # (DRAWS / k, N)
+    neg_iwae = {k: -iwae(log_w.unflatten(0, (-1, k)).transpose(0, 1)) for k in COUNTS}  # each (DRAWS / k, N)
     neg_elbo = -log_w.unflatten(0, (-1, 100)).mean(1)  # in the same groups as IWAE-100
     curve = [with_errors("gap", groups - floor) for groups in neg_iwae.values()]
     w = torch.softmax(log_w.unflatten(0, (-1, 100)), 1)  # (groups, 100, N)
@@ -293,7 +293,7 @@ def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
 
 def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], x_test: Tensor, final: dict, path: Any) -> None:
     """For each model: test data, x ~ p(x|z) and mu(z) for the same z ~ p(z), with equal axes."""
-    fig, axes = plt.subplots(2, 3, figsize=(11, 8), sharex=True, sharey=True)
+    fig, axes = plt.subplots(2, 3, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
     for row, (name, (x, mean)) in zip(axes, samples.items(), strict=True):
         panels = {"test data": x_test[: len(x)], "x ~ p(x|z)": x, "µ(z), no decoder noise": mean}
         for ax, (label, xy) in zip(row, panels.items(), strict=True):
@@ -307,7 +307,7 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], x_test: Tensor, fina
 
 def plot_iwae(final: dict[str, Any], path: Any) -> None:
     """-IWAE-K above the true density against K, on the first 100 test points."""
-    fig, ax = plt.subplots(figsize=(6, 4))
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for shift, (name, style) in zip((0.97, 1.03), (("diagonal", "o-"), ("isotropic", "s--")), strict=True):
         f = final[name]["first100"]
         gap, se = (f[f"neg_iwae_minus_floor{part}_bpd"] for part in ("", "_se"))
@@ -321,7 +321,7 @@ def plot_iwae(final: dict[str, Any], path: Any) -> None:
 
 def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, path: Any) -> None:
     """z ~ q(z|x) of training points, coloured by label, over circles of the prior."""
-    fig, axes = plt.subplots(1, 2, figsize=(11, 5.6), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 5.6), sharex=True, sharey=True, layout="constrained")
     for ax, (name, z) in zip(axes, latents.items(), strict=True):
         for label, colour in enumerate(COLOURS):
             ax.scatter(

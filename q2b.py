@@ -236,7 +236,7 @@ are those of epoch {curves["best_epoch"]:g}, the best on validation. {skipped_te
 Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
 
 {prior_check_text(metrics.get("check_prior_nats"))}
-{floor_text(metrics.get("floor"))}
+{floor_text(metrics.get("floor"), colours_apart=True)}
 ## 2. Samples
 
 ![samples](samples.png)
