@@ -22,7 +22,6 @@ import sys
 import textwrap
 import time
 import traceback
-import urllib.error
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -603,14 +602,14 @@ def load_svhn(root: Path) -> list[np.ndarray]:
 
     The official train file is split 65,931 / 7,326 by a fixed permutation, so that validation is not the file's end.
     """
-    from torchvision.datasets import SVHN  # here, as torchvision takes two seconds, which question 1 can do without
-
     rank, world = rank_and_world()
     if rank:  # rank 0 downloads for all
         dist.barrier()
     try:
+        from torchvision.datasets import SVHN  # here, as it takes two seconds, which other data can do without
+
         train, test = (SVHN(str(root), split, download=True).data.transpose(0, 2, 3, 1) for split in ("train", "test"))
-    except (OSError, RuntimeError, ValueError, urllib.error.URLError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
         fail(
             f"no usable SVHN in {root} ({error}): put the official train_32x32.mat and test_32x32.mat there, or delete "
             "broken copies and go online; --data synthetic needs no download"
@@ -928,27 +927,27 @@ HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")  # what
 
 
 def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
-    """A matrix with its singular values moved towards 1 and its singular vectors kept. [rows, columns] -> the same.
+    """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [n, a, b >= a] -> same.
 
-    Newton-Schulz, for a wide x: x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are
-    polynomials of the first g, so the iteration needs g alone; q is their product. For a tall x: g = x^T x, on the
-    right.
+    Newton-Schulz, x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are polynomials of
+    the first g, so the iteration needs the small g alone; q is their product.
     """
-    tall = len(x) > x.shape[1]
-    g = x.T @ x if tall else x @ x.T
-    norm, identity = g.trace().clamp_min(1e-30).sqrt(), torch.eye(len(g), dtype=x.dtype, device=x.device)
+    g = x @ x.mT  # (n, a, a)
+    norm = g.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30).sqrt()[:, None, None]
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     g, q = g / norm**2, identity / norm
     for _ in range(iterations):
         factor = 3.4445 * identity - 4.7750 * g + 2.0315 * g @ g
-        g, q = factor @ g @ factor, q @ factor
-    return x @ q if tall else q @ x
+        g, q = factor @ g @ factor, factor @ q
+    return q @ x
 
 
 class Muon(torch.optim.Optimizer):
     """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
 
     Adam moves a kernel mostly along the few directions that its gradients share; here every direction of the update
-    counts alike. K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    counts alike. K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon). As a matrix, a kernel keeps the smaller of
+    a and b as one side and has all else on the other; kernels of equal shape go through one batched product.
     """
 
     def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float = 0.95):
@@ -957,14 +956,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         for kernel in group["params"]:
-            (a, b), gradient = kernel.shape[:2], kernel.grad
-            m = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
-            m.lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(m, group["momentum"]).movedim(1, -1)  # (a, h, w, b): no copy if channels are last
-            matrix = update.reshape(-1, b) if a > b else update.reshape(a, -1)  # the smaller of a and b alone
-            update = orthogonalise(matrix).view(update.shape).movedim(-1, 1)
-            kernel.sub_(update, alpha=group["lr"] * max(1, a / b) ** 0.5)
+            by_shape.setdefault(kernel.shape, []).append(kernel)
+        for (a, b, *_), kernels in by_shape.items():
+            updates = []
+            for kernel in kernels:
+                m = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
+                gradient: Any = kernel.grad
+                m.lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(m, group["momentum"]).movedim(1, -1))  # no copy if channels are last
+            update = torch.stack(updates)  # (n, a, h, w, b)
+            wide = update.flatten(2) if a <= b else update.flatten(1, -2).mT
+            wide = orthogonalise(wide)
+            update = (wide if a <= b else wide.mT).reshape(update.shape).movedim(-1, 2)
+            for kernel, change in zip(kernels, update, strict=True):
+                kernel.sub_(change, alpha=group["lr"] * max(1, a / b) ** 0.5)
 
 
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
@@ -1263,12 +1270,12 @@ def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
         print(f"warning: {what} is missing: {failed[what]}", file=sys.stderr, flush=True)
 
 
-def prepare(out: Path, images: bool) -> None:
-    """In the first second, try what a run needs at its end: its folder, a figure; for images, torchvision's grid."""
+def prepare(out: Path) -> None:
+    """In the first second, try what a run needs at its end: its folder and a figure."""
     make_folder(out)
     trial = out / ".trial.png"
     with attempt("a trial figure", {}):
-        plot_images({"": torch.zeros(1, 3, 32, 32)}, 1, "", trial) if images else save_figure(plt.figure(), trial)
+        save_figure(plt.figure(), trial)
     trial.unlink(missing_ok=True)
 
 
@@ -1397,12 +1404,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
     """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked; two screen pixels per pixel."""
-    from torchvision.utils import make_grid  # here, as torchvision takes two seconds, which question 1 can do without
-
-    grids = {}
-    for name, images in panels.items():
-        grid = make_grid(images.cpu(), columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
-        grids[name] = grid.astype(np.uint8).repeat(2, 0).repeat(2, 1)
+    grids = {name: tiled(images.cpu(), columns).repeat(2, 0).repeat(2, 1) for name, images in panels.items()}
     h, w = (max(grid.shape[k] for grid in grids.values()) for k in (0, 1))
     down, across = (len(grids), 1) if stacked else (1, len(grids))
     width, lines = across * (w + 20) + 20, wrapped(title, (across * (w + 20) + 20) // 10)  # 10 pixels per letter
@@ -1415,6 +1417,15 @@ def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path,
         fig.text(x / width, (y + h + 6) / height, name, fontsize=9)
     fig.suptitle("\n".join(lines), fontsize=10, y=1 - 8 / height)
     save_figure(fig, path)
+
+
+def tiled(images: Tensor, columns: int) -> np.ndarray:
+    """Images uint8 [N, 3, H, W] in rows, with white lines around them. -> uint8 [height, width, 3]."""
+    rows = -(-len(images) // columns)
+    x = F.pad(images, (0, 1, 0, 1), value=255)  # a white line to the right of each image, and one below
+    x = torch.cat([x, x.new_full((rows * columns - len(x), *x.shape[1:]), 255)]).unflatten(0, (rows, columns))
+    x = x.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (3, rows (H + 1), columns (W + 1))
+    return F.pad(x, (1, 0, 1, 0), value=255).permute(1, 2, 0).numpy()
 
 
 def straight_lines(ends: Tensor, steps: int = 10) -> Tensor:

@@ -310,17 +310,27 @@ def assert_made_up_for(folder):
     assert "Missing" not in (folder / "report.md").read_text("utf-8")
 
 
-def test_without_torchvision_the_results_are_kept_and_resume_makes_up_for_the_figures(tmp_path, no_step):
+def test_without_torchvision_other_data_than_svhn_need_nothing_of_it(tmp_path):
     """A torchvision that raises when it is imported, as one that was built for another torch does."""
     stub = tmp_path / "stub" / "torchvision"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    broken = {"PYTHONPATH": str(stub.parent), "OMP_NUM_THREADS": "1"}
     command = ["q2a.py", "--smoke", "--device", "cpu", "--limit", "20", "--out", tmp_path]
-    broken = run(*command, PYTHONPATH=str(stub.parent), OMP_NUM_THREADS="1")
-    assert "warning: a trial figure is missing: RuntimeError" in broken.stderr.splitlines()[0]  # in the first second
-    assert_missing(tmp_path / "smoke/q2a", broken.returncode, broken.stderr, DRAWN - {"curves.png"})
-    run_q2a(tmp_path, "--limit", "20", "--resume")
+    done = run(*command, **broken)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     assert_made_up_for(tmp_path / "smoke/q2a")
+    refused = run(*command, "--data", "svhn", **broken)
+    assert refused.returncode == 2 and "torchvision::nms" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_machine_that_cannot_draw_says_so_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(core.plt, "figure", lambda: 1 / 0)
+    core.prepare(tmp_path)
+    assert capsys.readouterr().err.startswith("warning: a trial figure is missing: ZeroDivisionError")
+    monkeypatch.undo()
+    core.prepare(tmp_path)
+    assert capsys.readouterr().err == "" and not list(tmp_path.iterdir())
 
 
 def test_a_figure_that_cannot_be_drawn_is_named_and_resume_makes_up_for_it(finished, monkeypatch, capsys, no_step):

@@ -92,7 +92,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("bonus's table judged without errors", "bonus.py", "first['kl_bpd'] - last['kl_bpd'] > 2 * error", "True"),
     ("code used however little it saves", "bonus.py", "cost > 0.001 + 4 * error", "cost > 0"),
     ("seed not mixed into steps", "core.py", 'seed_of("step", seed, now.step)', 'seed_of("step", now.step)'),
-    ("Muon without orthogonalisation", "core.py", "orthogonalise(matrix).view(update.shape)", "update"),
+    ("Muon without orthogonalisation", "core.py", "orthogonalise(wide)", "wide"),
     ("Muon takes all weights", "core.py", "min(p.shape[:2]) >= 16", "True"),
     ("schedule ignored", "core.py", "peak * SCHEDULES[schedule](done)", "peak"),
     ("paired difference with the sign turned", "q2b.py", "bits_per_dim(after - before, 3072)", "bits_per_dim(before - after, 3072)"),
