@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    CODECS, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d, StandardNormal, VAE,
-    at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_table, check_above,
-    check_prior, codec_bits_per_dim, describe_run, evaluate, evaluate_splits, evenly_spaced, fit, fixed_noise,
-    float64_copy, floor_text, in_bits, kl_per_position, launch, load_images, load_trained, noise, number,
-    parse_args, pasted_into_cell, plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise,
-    rank_and_world, save_figure, settings, skipped_text, standard_error, straight_lines, sum_dims,
-    sum_over_processes, synthetic_floor, to_device, to_float64, training_text, wavefront_slope, wavefronts,
-    write_images, write_metrics, write_report,
+    CODECS, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d,
+    StandardNormal, at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_text,
+    check_above, check_prior, codec_bits_per_dim, codecs_text, describe_run, error_of_one_draw, evaluate,
+    evaluate_splits, evenly_spaced, fit, fixed_noise, float64_copy, floor_text, in_bits, kl_per_position, launch,
+    load_images, load_trained, noise, number, parse_args, pasted_into_cell, plot_curves, plot_images, posteriors,
+    prepare, prior_check_text, quantise, rank_and_world, save_figure, settings, skipped_text, standard_error,
+    straight_lines, sum_dims, sum_over_processes, synthetic_floor, to_device, to_float64, training_text,
+    wavefront_slope, wavefronts, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -261,26 +261,45 @@ def make_model(args: argparse.Namespace, **changes: Any) -> LossyVAE:
 # ------------------------------------------------------------------------------------------------------ the answers
 
 
-TABLE = ((1, None), (2, None), (3, None), (3, 0))  # receptive field and latents (None: --latents) of the table's rows
+RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
+
+
+def fit_variant(
+    args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, progress: Path, name: str, **changes: int
+) -> LossyVAE:
+    """A model with changes to the flags that make it, trained as the main one."""
+    model = to_device(make_model(args, **changes), args)
+    fit(
+        model, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
+        muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
+        precision=args.precision, path=progress / f"{name.replace(' ', '_')}.pt", resume=args.resume,
+        run={"args": settings(args, but=("table_epochs",)) | changes}, name=name,
+    )  # fmt: skip
+    return model
 
 
 def compare_receptive_fields(
-    args: argparse.Namespace, splits: dict[str, Tensor], progress: Path
+    args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, progress: Path
 ) -> list[dict[str, Any]]:
-    """Test bounds of models that differ in receptive field or in having a code at all, all on the same small budget."""
+    """Test bounds of models that differ in their receptive field alone, all on the same small budget."""
     rows = []
-    for receptive_field, latents in TABLE:
-        changes = {"receptive_field": receptive_field, "latents": args.latents if latents is None else latents}
-        model = to_device(make_model(args, **changes), args)
-        name = f"receptive field {receptive_field}" + (", no code" if latents == 0 else "")
-        fit(
-            model, splits, epochs=args.table_epochs, batch_size=args.batch_size, lr=args.lr,
-            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed,
-            precision=args.precision, path=progress / f"{name.replace(', ', '_').replace(' ', '_')}.pt",
-            resume=args.resume, run={"args": settings(args) | changes}, name=name,
-        )  # fmt: skip
-        rows.append({**changes, "epochs": args.table_epochs, **in_bits(evaluate(model, splits["test"]), 3072)})
+    for size in RECEPTIVE_FIELDS:
+        model = fit_variant(args, splits, epochs, progress, f"receptive field {size}", receptive_field=size)
+        rows.append({"receptive_field": size, "epochs": epochs, **in_bits(evaluate(model, splits["test"]), 3072)})
     return rows
+
+
+def compare_with_no_code(
+    args: argparse.Namespace, splits: dict[str, Tensor], neg_elbo: Tensor, progress: Path
+) -> dict[str, Any]:
+    """The same PixelCNN without latents, trained for as long: its test bound, and what it costs above the model's.
+
+    neg_elbo: the model's on test, [N], nats.
+    """
+    model = fit_variant(args, splits, args.epochs, progress, "no code", latents=0)
+    terms = evaluate(model, splits["test"])
+    above = bits_per_dim(terms.neg_elbo - neg_elbo, 3072)
+    return {**in_bits(terms, 3072), "above_bpd": above.mean().item(), "above_se_bpd": standard_error(above)}
 
 
 @torch.no_grad()
@@ -294,29 +313,27 @@ def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
 
 
 def table_text(rows: list[dict[str, Any]]) -> str:
-    """The receptive-field table, and what moved between its two parts, from the rows alone."""
+    """Whether the receptive field moves the code, then the table, from the rows alone."""
     lines = "\n".join(
-        f"| {r['receptive_field']} | {r['latents'] or 'none'} | {r['neg_elbo_bpd']:.4f} ± {r['neg_elbo_se_bpd']:.4f} "
+        f"| {r['receptive_field']} | {r['neg_elbo_bpd']:.4f} ± {r['neg_elbo_se_bpd']:.4f} "
         f"| {r['kl_bpd']:.4f} | {r['recon_bpd']:.4f} |"
         for r in rows
     )
-    first, *_, last = coded = [r for r in rows if r["latents"]]
+    first, last = rows[0], rows[-1]
     error = math.hypot(first["kl_se_bpd"], last["kl_se_bpd"])
-    falls = all(a["kl_bpd"] > b["kl_bpd"] for a, b in itertools.pairwise(coded))
+    falls = all(a["kl_bpd"] > b["kl_bpd"] for a, b in itertools.pairwise(rows))
     verdict = (
-        "The more of its neighbours a pixel sees, the less went into z: the KL falls in every row."
+        "The more of its neighbours a pixel sees, the less goes into z: the KL falls in every row."
         if falls and first["kl_bpd"] - last["kl_bpd"] > 2 * error
         else "The KL does not clearly fall as the receptive field grows: this budget does not show the trade."
     )
-    return f"""
-| pixels seen above and left | latent channels | −ELBO, bits/dim | KL: the code | decoder: the rest |
-|---|---|---|---|---|
-{lines}
+    return f"""**{verdict}** From a receptive field of {first["receptive_field"]} to one of
+{last["receptive_field"]} the code changes by {last["kl_bpd"] - first["kl_bpd"]:+.4f} ± {error:.4f} and the decoder
+term by {last["recon_bpd"] - first["recon_bpd"]:+.4f} bits/dim. {rows[0]["epochs"]} epochs each, one seed; test.
 
-{rows[0]["epochs"]} epochs each; test. {verdict}
-From a receptive field of {first["receptive_field"]} to one of {last["receptive_field"]} the code changed by
-{last["kl_bpd"] - first["kl_bpd"]:+.4f} ± {error:.4f} and the decoder term by
-{last["recon_bpd"] - first["recon_bpd"]:+.4f} bits/dim. The last row has no code: its PixelCNN is alone.
+| pixels seen above and left | −ELBO, bits/dim | KL: the code | decoder: the rest |
+|---|---|---|---|
+{lines}
 
 ![receptive fields](receptive_fields.png)
 """
@@ -326,9 +343,14 @@ def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
     """KL against decoder term, one point for each row of the table."""
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for r in rows:
-        label = f"{r['receptive_field']}" if r["latents"] else f"{r['receptive_field']}, no code"
-        ax.errorbar(r["kl_bpd"], r["recon_bpd"], xerr=r["kl_se_bpd"], fmt="o" if r["latents"] else "s", capsize=3)
-        ax.annotate(label, (r["kl_bpd"], r["recon_bpd"]), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        ax.errorbar(r["kl_bpd"], r["recon_bpd"], xerr=r["kl_se_bpd"], fmt="o", capsize=3)
+        ax.annotate(
+            f"{r['receptive_field']}",
+            (r["kl_bpd"], r["recon_bpd"]),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=9,
+        )
     ax.set(xlabel="KL: the code, bits/dim (± 1 s.e.)", ylabel="decoder term, bits/dim")
     ax.margins(0.12)  # room for the labels
     ax.set_title(f"Receptive fields after {rows[0]['epochs']} epochs each, test", fontsize=10)
@@ -347,18 +369,32 @@ def nearest(samples: Tensor, train: Tensor) -> Tensor:
 
 
 def code_text(metrics: dict[str, Any]) -> str:
-    """Whether the code is used, from what another image's code costs, and what it holds."""
+    """Whether the code is used, from what another image's code costs; whether it pays; and what it holds."""
     args, cost, error = metrics["args"], metrics["another_code_costs_bpd"], metrics["another_code_costs_se_bpd"]
     used = "is used" if cost > 0.001 + 4 * error else "is not measurably used"
     positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
     bound = metrics["final"]["test"]["neg_elbo_bpd"]
     return f"""**The code {used}**: decoded from another image's z, the decoder term rises by {cost:.4f} ± {error:.4f}
-bits/dim (the first 4,000 test images, at most), which is {3072 * cost:,.0f} bits per image. The code of a test image
-holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each position of the 8 x 8
-grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to the prior. The
-remedies, in training alone: `--blind`, the weight of a second decoder term whose pixels see no neighbours, so that z
-has to hold the picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not charged for, here
-{args["free_bits"]:g}."""
+bits/dim (the first 4,000 test images, at most), which is {3072 * cost:,.0f} bits per image.
+
+{pays_text(metrics.get("no_code"), bound)}
+
+The code of a test image holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each
+position of the 8 x 8 grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to
+the prior. The remedies, in training alone: `--blind`, the weight of a second decoder term whose pixels see no
+neighbours, so that z has to hold the picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not
+charged for, here {args["free_bits"]:g}."""
+
+
+def pays_text(no_code: dict[str, Any] | None, bound: float) -> str:
+    """Whether the code pays for itself: the model's bound beside that of the same PixelCNN without latents."""
+    if not no_code:
+        return "Whether it pays is not known here: the PixelCNN without a code was not trained."
+    above, error = no_code["above_bpd"], no_code["above_se_bpd"]
+    answer = "pays" if above > 2 * error else "does not pay" if above < -2 * error else "neither pays nor costs"
+    return f"""**The code {answer}**: the same PixelCNN without latents, trained for as many epochs, needs
+{no_code["neg_elbo_bpd"]:.4f} bits/dim, {above:+.4f} ± {error:.4f} against {bound:.4f} with the code (paired by image;
+one seed each, whose spread is not in the error)."""
 
 
 def report(metrics: dict[str, Any], code: str, table: str) -> str:
@@ -366,7 +402,6 @@ def report(metrics: dict[str, Any], code: str, table: str) -> str:
     args, curves = metrics["args"], metrics["curves"]
     neighbours = "## Ten samples and the training images nearest to them\n\n![neighbours](neighbours.png)\n\n"
     neighbours = neighbours if metrics["data"]["train"] else ""
-    codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics.get("test_codecs_bpd", {}).items())
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
 
 Receptive field {args["receptive_field"]}, {args["prior"]} prior.
@@ -374,15 +409,14 @@ Receptive field {args["receptive_field"]}, {args["prior"]} prior.
 
 ## 1. The bound on train, validation and test
 
+{codecs_text(metrics, colours_apart=False)}
+
+{bounds_text(metrics)}
+
 ![curves](curves.png)
 
-{bounds_table(metrics["final"])}
-
-Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, one sample of z per image, ± one standard
-error over images; of train, the first images, as many as validation has. Curves show fewer of each split. The weights
-are those of epoch {curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
-
-Lossless codecs on the first test images, 1,000 at most, whole files: {codecs} bits/dim.
+The same during training, on fewer images of each split. The weights kept are those of epoch
+{curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
 
 {prior_check_text(metrics.get("check_prior_nats"))}
 {floor_text(metrics.get("floor"), colours_apart=False)}
@@ -469,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_images(args)
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
     model = to_device(make_model(args), args, trained)
-    prepare(out)
+    prepare(out, args.resume)
 
     # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:
@@ -477,7 +511,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         curves = fit(
             model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed,
+            muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
             precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
             run={"script": "bonus", "args": settings(args, but=("table_epochs",))},
         )  # fmt: skip
@@ -503,13 +537,18 @@ def main(argv: list[str] | None = None) -> None:
             curves, f"bonus, {data.name}\ntest −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor")
         )
     draw_figures(model, data.name, splits, args, out, failed)
+    with attempt("the error of one draw", failed):
+        metrics["test_draw_se_bpd"] = error_of_one_draw(model, splits["test"], terms["test"].neg_elbo)
     with attempt("the check of the prior", failed):
         metrics["check_prior_nats"] = check_prior(model.prior)
     with attempt("codecs", failed):
         metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
 
-    # 5. Experiments: is the code used, and what does the receptive field leave to it?
+    # 5. Experiments: does the code pay, is it used, and what does the receptive field leave to it?
     code = "The experiment failed."
+    if args.latents and not trained:
+        with attempt("the model without a code", failed):
+            metrics["no_code"] = compare_with_no_code(args, splits, terms["test"].neg_elbo, out / "progress")
     with attempt("the use of the code", failed):
         metrics["test_kl_per_position_bits"] = kl_per_position(model, test).tolist()
         metrics |= cost_of_another_code(model, test[:4000])
@@ -518,9 +557,9 @@ def main(argv: list[str] | None = None) -> None:
     table_epochs = -(-args.epochs // 5) if args.table_epochs is None else args.table_epochs
     metrics["receptive_fields"] = []
     if table_epochs and not trained:
-        args.table_epochs, table = table_epochs, "The experiment failed."
+        table = "The experiment failed."
         with attempt("the receptive-field table", failed):
-            metrics["receptive_fields"] = compare_receptive_fields(args, splits, out / "progress")
+            metrics["receptive_fields"] = compare_receptive_fields(args, splits, table_epochs, out / "progress")
             table = table_text(metrics["receptive_fields"])
             plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
 

@@ -33,6 +33,8 @@ from typing import Any, NamedTuple, NoReturn
 
 # torch reads this when it is imported: on Apple's mps, an operator that is missing runs on the CPU, with a warning.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+if "ipykernel" not in sys.modules:  # outside a notebook, figures go into files alone; Colab's own backend is no help
+    os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -43,6 +45,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+if "ipykernel" not in sys.modules:
+    matplotlib.rcdefaults()  # a user's matplotlibrc may ask for what is not there, such as LaTeX
 
 # ---------------------------------------------------------------------------------------------------- conventions
 
@@ -589,11 +594,12 @@ def load_images(args: argparse.Namespace) -> Data:
     elif args.data == "synthetic":
         name, arrays = "synthetic (a stand-in for SVHN)", load_synthetic(Path(args.data_root), limited or SVHN_SIZES)
     else:
-        name, arrays = Path(args.data).name, load_npz(Path(args.data), args.seed, only_test=args.evaluate is not None)
+        name, arrays = load_own(Path(args.data), args.seed, only_test=args.evaluate is not None)
     if limited:
         arrays = [x[:n] for x, n in zip(arrays, limited, strict=True)]
         name += f", at most {args.limit} training images"
     splits = {k: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for k, x in zip(SPLITS, arrays, strict=True)}
+    print(f"data: {name}: " + ", ".join(f"{len(x):,} {k}" for k, x in splits.items()), flush=True)
     return Data(name, splits)
 
 
@@ -621,32 +627,117 @@ def load_svhn(root: Path) -> list[np.ndarray]:
     return [train, valid, test]
 
 
-def load_npz(path: Path, seed: int, only_test: bool = False) -> list[np.ndarray]:
-    """uint8 [N, 32, 32, 3] from keys train, valid, test, or from one key `images`, split 80/10/10 by the seed.
+def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[np.ndarray]]:
+    """A user's images: the data's name, which says what was done to them, and three uint8 [N, 32, 32, 3].
 
-    only_test: the key test alone will do; the other splits are then empty.
+    An npz's arrays, or a folder's subfolders, that are named for train and test (and valid) are the splits; without
+    valid, a tenth of train is. A single array, or a folder of images, is split 80/10/10. The seed decides which images.
+    only_test: test alone will do; the other splits are then empty.
     """
+    print(f"reading {path}", flush=True)
+    found, done = read_folder(path) if path.is_dir() else (read_npz(path), [])
+    keys = {split_of(key): key for key in found}
+    kinds = set(keys) if len(keys) == len(found) else set()
+    alone = {"test"} if only_test else {""}
+    if kinds not in ({""}, {"train", "test"}, set(SPLITS), alone):
+        has = ", ".join(f"{key} {list(x.shape)}" for key, x in found.items()) or "no images"
+        need = "one set of images, or sets named train and test (and valid)"
+        fail(f"--data {path}: needs {need}; found {has}; np.savez('images.npz', train=x, test=y) makes such a file")
+    splits = {split: to_images(found[key], f"--data {path}: {key}", done) for split, key in keys.items()}
+    order = np.random.RandomState(seed)
+    if kinds == {""}:
+        x = splits[""][order.permutation(len(splits[""]))]
+        splits = dict(zip(SPLITS, np.split(x, [len(x) * 8 // 10, len(x) * 9 // 10]), strict=True))
+        done.append("split 80/10/10")
+    elif kinds == {"train", "test"}:
+        x = splits["train"][order.permutation(len(splits["train"]))]
+        splits["train"], splits["valid"] = np.split(x, [len(x) * 9 // 10])
+        done.append("a tenth of train kept for validation")
+    elif kinds == {"test"}:
+        splits |= {"train": splits["test"][:0], "valid": splits["test"][:0]}
+    for key in SPLITS:
+        if len(splits[key]) < 2 and (key == "test" or not only_test):
+            fail(f"--data {path}: the {key} split holds {len(splits[key])} images; it needs two or more")
+    return ", ".join([path.resolve().name, *dict.fromkeys(done)]), [splits[key] for key in SPLITS]
+
+
+def split_of(key: str) -> str:
+    """The split that an array's or a folder's name tells, such as x_train or Validation; "" if none."""
+    for word in re.split("[^a-z]+", key.lower()):
+        for split, names in {"train": ("training",), "valid": ("val", "validation"), "test": ("testing",)}.items():
+            if word in (split, *names):
+                return split
+    return ""
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz (or npy) file that may be images; labels, which have fewer dimensions, are left out."""
+    hints = {
+        ".mat": f"for SVHN's own files: --data svhn --data-root {path.parent}",
+        **dict.fromkeys((".png", ".jpg", ".jpeg"), f"for a folder of images: --data {path.parent}"),
+    }
+    hint = hints.get(path.suffix.lower(), "np.savez('images.npz', images=x) makes one, x uint8 [N, height, width, 3]")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files if k in (*SPLITS, "images")}
+        if path.suffix.lower() not in (".npz", ".npy"):
+            raise ValueError(f"a {path.suffix} file" if path.exists() else "there is no such file")
+        file = np.load(path, allow_pickle=False)
+        arrays = {"images": file} if isinstance(file, np.ndarray) else {key: file[key] for key in file.files}
     except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
-        fail(f"--data {path}: not svhn, synthetic or a readable npz file ({error})")
-    if only_test and set(arrays) == {"test"}:
-        arrays |= {"train": arrays["test"][:0], "valid": arrays["test"][:0]}
-    if set(arrays) not in ({"images"}, set(SPLITS)):
-        fail(f"--data {path}: needs the keys train, valid and test, or the one key images; found {sorted(arrays)}")
-    for key, x in arrays.items():
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3):
-            fail(f"--data {path}: {key} must be uint8 [N, 32, 32, 3], not {x.dtype} {list(x.shape)}")
-    if "images" in arrays:
-        images = arrays["images"][np.random.RandomState(seed).permutation(len(arrays["images"]))]
-        splits = np.split(images, [len(images) * 8 // 10, len(images) * 9 // 10])
-    else:
-        splits = [arrays[k] for k in SPLITS]
-    for key, x in zip(SPLITS, splits, strict=True):
-        if len(x) < 2 and (key == "test" or not only_test):
-            fail(f"--data {path}: the {key} split holds {len(x)} images; it needs two or more")
-    return splits
+        reason = getattr(error, "strerror", None) or error
+        fail(f"--data {path}: not svhn, synthetic, a folder of images or a readable npz file ({reason}); {hint}")
+    return {key: x for key, x in arrays.items() if x.ndim > 2 or x.shape[-1:] == (3072,)}
+
+
+def read_folder(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The PNG and JPEG files below a folder, resized to 32 x 32: uint8 [N, 32, 32, 3] for each subfolder train, ..."""
+    images: dict[str, list[np.ndarray]] = {}
+    sizes = set()
+    suffixes = (".png", ".jpg", ".jpeg")
+    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in suffixes)
+    for file in progress_bar(files, desc=f"reading {path}"):
+        top, *below = file.relative_to(path).parts
+        try:
+            with Image.open(file) as image:
+                sizes.add(image.size)
+                x = np.asarray(image.convert("RGB").resize((32, 32)))
+        except Exception as error:  # Pillow's are many
+            fail(f"--data {path}: {file.name} is no readable image ({error}); remove it")
+        images.setdefault(split_of(top) if below else "", []).append(x)
+    w, h = max(sizes, default=(32, 32))
+    resized = [] if sizes <= {(32, 32)} else [f"resized from {w} x {h}{' and other sizes' * (len(sizes) > 1)}"]
+    return {name: np.stack(some) for name, some in images.items()}, [f"a folder of {len(files):,} images", *resized]
+
+
+def to_images(x: np.ndarray, where: str, done: list[str]) -> np.ndarray:
+    """uint8 [N, 32, 32, 3] from 8-bit colour images of any size, channels anywhere; appends to `done` what it did."""
+    if x.ndim == 4 and x.shape[3] != 3 and 3 in x.shape[1:3]:  # [N, 3, H, W], or SVHN's [H, W, 3, N]
+        x = x.transpose(0, 2, 3, 1) if x.shape[1] == 3 else x.transpose(3, 0, 1, 2)
+        done.append("channels moved last")
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
+        fail(f"{where} is {x.dtype} {list(x.shape)}, not uint8 [N, height, width, 3]; make it so: {recipe(x)}")
+    if x.shape[1:3] != (32, 32):
+        done.append(f"resized from {x.shape[2]} x {x.shape[1]}")
+        bar = progress_bar(x, desc="resizing", delay=2)
+        x = np.stack([np.asarray(Image.fromarray(image).resize((32, 32))) for image in bar])
+    return np.ascontiguousarray(x)
+
+
+def recipe(x: np.ndarray) -> str:
+    """The numpy that makes 8-bit colour images of an array x that holds images of another kind."""
+    steps = []
+    if x.ndim == 2:
+        steps.append("x = x.reshape(-1, 3, 32, 32)")
+    elif x.ndim == 3:
+        steps.append("x = np.repeat(x[..., None], 3, axis=3)")
+    elif x.ndim == 4 and 1 in (x.shape[1], x.shape[3]):
+        steps.append(f"x = np.repeat(x, 3, axis={1 if x.shape[1] == 1 else 3})")
+    elif x.ndim == 4 and x.shape[3] == 4:
+        steps.append("x = x[..., :3]")
+    if x.dtype != np.uint8 and x.size and np.issubdtype(x.dtype, np.number):
+        low, high = float(x.min()), float(x.max())
+        scaled = "x" if low < -1 or high > 1 else "255 * x" if low >= 0 else "127.5 * (x + 1)"
+        steps.append(f"x = np.clip(np.round({scaled}), 0, 255).astype(np.uint8)")
+    return "; ".join([*steps, "np.savez('images.npz', images=x)"])
 
 
 CODECS = ("PNG", "WebP")
@@ -674,7 +765,7 @@ def load_synthetic(root: Path, sizes: tuple[int, ...]) -> list[np.ndarray]:
     """Synthetic splits, three uint8 [N, 32, 32, 3] in the order of the stream; the whole set is kept under root."""
     path, whole = root / "synthetic_v1.npz", sizes == SVHN_SIZES
     if whole and path.exists():
-        return load_npz(path, 0)
+        return load_own(path, 0)[1]
     print(f"making {sum(sizes):,} synthetic images" + (f", kept in {path}" if whole else ""), flush=True)
     images = np.concatenate([images for images, _, _ in synthetic_batches(0, sum(sizes))])
     splits = np.split(images, np.cumsum(sizes)[:-1])
@@ -865,6 +956,15 @@ def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
     return Terms(*(sum_over_processes(term).cpu().double() for term in (recon, kl)))
 
 
+def error_of_one_draw(model: nn.Module, x: Tensor, neg_elbo: Tensor) -> float:
+    """The standard error that one draw of u and z per example leaves in the mean of neg_elbo [N], nats; in bits/dim.
+
+    From a second draw for the first 1,000 examples: half the variance of the difference is that of one draw.
+    """
+    difference = evaluate(model, x[:1000], seed=1).neg_elbo - neg_elbo[:1000]
+    return bits_per_dim(difference.std().item() / math.sqrt(2 * len(x)), x[0].numel())
+
+
 def evaluation_batches(x: Tensor) -> list[slice]:
     """The places in x [N, ...] of the batches of an evaluation: about a million numbers each."""
     size = max(1, 2**20 // x[0].numel())
@@ -1003,14 +1103,14 @@ class Progress:
 
 def fit(
     model: Any, splits: dict[str, Tensor], *, epochs: int, batch_size: int, lr: float, muon_lr: float = 0.0,
-    schedule: str = "one-cycle", kl_weight: Callable[[float], float] = SCHEDULES["constant"], seed: int = 0,
+    schedule: str = "one-cycle", kl_warmup: float | None = None, seed: int = 0,
     precision: str = "fp32", path: Path | None = None, resume: bool = False, run: dict[str, Any] | None = None,
     name: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
 
-    lr and muon_lr: the schedule's peaks for Adam and for Muon (`make_optimisers`). kl_weight: the KL's weight in
-    training, from the fraction of training done. At about twenty steps the first examples of every split are evaluated
+    lr and muon_lr: the schedule's peaks for Adam and for Muon (`make_optimisers`). kl_warmup: over this fraction of
+    training the KL's weight rises from 0 to 1. At about twenty steps the first examples of every split are evaluated
     (`looked_at`, `steps_to_look`); the best weights are those with the lowest -ELBO on validation's. path: the
     checkpoint, written after each epoch and every minute. With resume, training goes on from it, on a CPU to the same
     bits: order and noise of a step are functions of the seed and the step alone. run: script and arguments, for the
@@ -1024,7 +1124,6 @@ def fit(
     if path and resume and path.exists():
         now = load_progress(path, must_match, model, optimisers, steps)
     elif path:
-        set_aside(path)
         make_folder(path.parent)
     started, saved = time.monotonic() - now.seconds, time.monotonic()
     with progress_bar(total=steps, initial=now.step, desc=name or "training") as bar:
@@ -1033,6 +1132,8 @@ def fit(
             if now.step in steps_to_look(steps) and now.step not in now.curves["step"]:
                 bar.clear()
                 look(now, model, looked_at(splits, epochs), now.step / steps_per_epoch, name)
+                if path:
+                    write_curves(path, now.curves)
             if path and (now.step % steps_per_epoch == 0 or time.monotonic() - saved > KEEP_SECONDS):
                 progress = {
                     **vars(now),
@@ -1049,10 +1150,11 @@ def fit(
                 order = torch.randperm(len(train), generator=fixed_noise("order", seed, epoch), device="cpu").to(device)
             batch = order[place * batch_size : (place + 1) * batch_size][rank::world]
             done = now.step / steps
+            kl_weight = min(1.0, done / kl_warmup) if kl_warmup else 1.0
             for optimiser, peak in zip(optimisers, (lr, muon_lr), strict=False):
                 optimiser.param_groups[0]["lr"] = peak * SCHEDULES[schedule](done)
             torch.manual_seed(seed_of("step", seed, now.step))
-            finite = train_step(model, optimisers, train[batch], precision, kl_weight(done))
+            finite = train_step(model, optimisers, train[batch], precision, kl_weight)
             now.step += 1
             now.skipped = now.skipped + ~finite
             now.skipped_in_a_row = (now.skipped_in_a_row + 1) * ~finite
@@ -1130,10 +1232,30 @@ def look(now: Progress, model: Any, splits: dict[str, Tensor], epoch: float, nam
         now.curves |= {"best_step": now.step, "best_epoch": round(epoch, 4)}
 
 
+def write_curves(path: Path, curves: dict[str, Any]) -> None:
+    """The curves as a table beside the checkpoint: a row per look, added as it happens."""
+    if rank_and_world()[0]:
+        return
+    table = path.with_name("curves.csv" if path.name == "checkpoint.pt" else f"{path.stem}_curves.csv")
+    columns = [f"{split}_{key}" for split, key in itertools.product(SPLITS, CURVE_KEYS)]
+    values = [curves[split][key] for split, key in itertools.product(SPLITS, CURVE_KEYS)]
+    rows = [",".join(map(str, row)) + "\n" for row in zip(curves["step"], curves["epoch"], *values, strict=True)]
+    head = ",".join(["step", "epoch", *columns]) + "\n"
+    if table.exists() and table.read_text() == head + "".join(rows[:-1]):
+        with open(table, "a") as file:
+            file.write(rows[-1])
+    else:  # of an earlier run, or of one that went on from an earlier checkpoint
+        write_whole(table, lambda file: file.write((head + "".join(rows)).encode()))
+
+
 def progress_bar(*args: Any, **options: Any) -> Any:
-    """tqdm's bar: in a notebook and on a terminal, not in a log; one for all processes."""
-    hidden = True if rank_and_world()[0] else False if in_kernel() else None  # None: if nobody watches a terminal
-    return tqdm(*args, leave=False, disable=hidden, **options)
+    """tqdm's bar in a notebook and on a terminal, in a log a line per minute; one for all processes."""
+    if rank_and_world()[0]:
+        return tqdm(*args, disable=True, **options)
+    if in_kernel() or sys.stderr.isatty():
+        return tqdm(*args, leave=False, **options)
+    line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}\n"
+    return tqdm(*args, **{**options, "file": sys.stdout, "bar_format": line, "mininterval": 60, "delay": 60})
 
 
 # Several processes: torchrun starts the same program, with the same random numbers. In training each process takes
@@ -1195,14 +1317,6 @@ def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimisers
         optimiser.load_state_dict(saved_state)
     print(f"going on from {path}, step {state['step']} of {steps}", flush=True)
     return Progress(**state)
-
-
-def set_aside(path: Path) -> None:
-    """Rename the checkpoint of an earlier run, which this one would write over."""
-    if path.exists() and not rank_and_world()[0]:
-        old = path.with_suffix(".old.pt")
-        os.replace(path, old)
-        print(f"an earlier run's checkpoint is now {old}; --resume would have gone on from it")
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
@@ -1270,13 +1384,49 @@ def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
         print(f"warning: {what} is missing: {failed[what]}", file=sys.stderr, flush=True)
 
 
-def prepare(out: Path) -> None:
-    """In the first second, try what a run needs at its end: its folder and a figure."""
-    make_folder(out)
+def prepare(out: Path, resume: bool = False) -> None:
+    """In the first second, make sure of what a run needs at its end: a folder of its own, and figures."""
+    claim(out, resume)
     trial = out / ".trial.png"
     with attempt("a trial figure", {}):
         save_figure(plt.figure(), trial)
     trial.unlink(missing_ok=True)
+
+
+LOCKED: dict[Path, int] = {}  # folders that this process writes into, each with its descriptor
+
+
+def claim(out: Path, resume: bool) -> None:
+    """Make the folder this run's own. It ends here if another live run writes into it.
+
+    Results of an earlier run are moved, whole, to a folder with a number: OUT/q2b to OUT/q2b.1; with resume they stay.
+    """
+    if rank_and_world()[0]:  # rank 0 writes for all
+        return
+    lock(make_folder(out))
+    if not resume and any((out / name).exists() for name in ("metrics.json", "checkpoint.pt", "progress")):
+        numbered = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
+        earlier = next(path for path in numbered if not path.exists())
+        out.rename(earlier)
+        print(f"earlier results in {out} are now in {earlier}; to go on with an earlier run: --resume")
+        lock(make_folder(out))
+
+
+def lock(folder: Path) -> None:
+    """A lock on the folder, which ends with this process; nothing where folders cannot be locked, as on Windows."""
+    if folder in LOCKED:  # by an earlier run in this process, a notebook
+        os.close(LOCKED.pop(folder))
+    if os.name != "posix":
+        return
+    import fcntl  # of Unix alone
+
+    LOCKED[folder] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(LOCKED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing into {folder}: wait for its end, or choose another --out")
+    except OSError:  # a network file system without locks
+        pass
 
 
 def make_folder(path: Path) -> Path:
@@ -1452,13 +1602,41 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
         write_whole(folder / f"{first + k:04d}.png", partial(Image.fromarray(image).save, format="PNG"))
 
 
-def bounds_table(final: dict[str, dict[str, float]]) -> str:
-    """A report's table of `evaluate_splits`."""
+def bounds_text(metrics: dict[str, Any]) -> str:
+    """A report's table of the bounds, and what they and their errors are of."""
     rows = [
         f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
-        for name, f in final.items()
+        for name, f in metrics["final"].items()
     ]
-    return "\n".join(["| split | −ELBO, bits/dim | KL term | decoder term |", "|---|---|---|---|", *rows])
+    table = "\n".join(["| split | −ELBO, bits/dim | KL term | decoder term |", "|---|---|---|---|", *rows])
+    draw = metrics.get("test_draw_se_bpd")
+    of_draw = (
+        "" if draw is None else f"\nThe noise, drawn once per image, leaves a further error of {draw:.4f} on test."
+    )
+    return f"""{table}
+
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, ± one standard error over images.{of_draw}
+Train stands for its first images, as many as validation has."""
+
+
+def codecs_text(metrics: dict[str, Any], colours_apart: bool) -> str:
+    """A report's answer to what an image costs, beside lossless codecs, and why a model costs more than they.
+
+    colours_apart: whether the decoder knows nothing of a pixel's neighbours and colours, as that of 2a and 2b.
+    """
+    bound, codecs = metrics["final"]["test"]["neg_elbo_bpd"], metrics.get("test_codecs_bpd")
+    if not codecs:
+        return f"**A test image costs at most {bound:.3f} bits/dim.**"
+    best = min(codecs, key=codecs.__getitem__)
+    listed = ", ".join(f"{codec} {bits:.3f}" for codec, bits in codecs.items())
+    side = "above" if bound > codecs[best] else "below"
+    text = f"""**A test image costs at most {bound:.3f} bits/dim, which is {side} {best}.** Lossless files of the first
+test images (1,000 at most), headers and all, take {listed} bits/dim."""
+    if side == "above" and colours_apart:
+        text += """ Those codecs predict a pixel from its neighbours and a colour from
+the other two. This decoder, once it has z, codes every pixel and every colour apart: what neighbours share has to be
+in z, or is paid for again at each pixel."""
+    return text
 
 
 def floor_text(floor: dict[str, Any] | None, colours_apart: bool) -> str:
@@ -1553,6 +1731,9 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def launch(main: Callable[[], None]) -> None:
     """main(), as a script: what interrupts it, and what the machine runs out of, in one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a log shows each line at once; a console without a letter shows a ?
+            stream.reconfigure(line_buffering=True, errors="replace")
     interrupted = "interrupted; the same command with --resume goes on from the last checkpoint, at most a minute old"
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if hasattr(signal, name):
@@ -1633,12 +1814,14 @@ class ImageParser(Parser):
     def __init__(self, script: str, least_latents: int = 1):
         super().__init__(script)
         add = self.add_argument
-        add("--data", help="svhn, synthetic, or FILE.npz; with --smoke, synthetic unless given")
+        add("--data", help="svhn, synthetic, FILE.npz or a FOLDER of images; with --smoke, synthetic unless given")
         add("--data-root", default="data", help="where data sets are downloaded or kept")
         add("--limit", type=number(int, 20, 10**9), help="of training images; of validation and test a tenth as many")
         add("--latents", type=number(int, least_latents, 4096), help="channels of z, 8 x 8 positions")
         add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for kernels; 0: Adam alone")
         add("--schedule", choices=tuple(SCHEDULES), help="of both learning rates")
+        warm = "the KL's weight in training rises from 0 to 1 over this fraction of it; reported bounds have weight 1"
+        add("--kl-warmup", type=number(float, 0, 1), help=warm)
         add("--handout", action="store_true", help="train as the handout recommends: Adam at a constant 2e-4")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: what is fastest")
         add("--evaluate", metavar="CHECKPOINT", help=f"train nothing; all else, into OUT/{script}/evaluate")

@@ -316,7 +316,7 @@ def measure(model: VAE, data_name: str, decoder_name: str, test: Tensor) -> dict
 def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """All of 1A with one seed: trains, writes checkpoint, metrics and figures; returns metrics and what failed."""
     described, tests, curves, final, models = {}, {}, {}, {}, {}
-    prepare(out)
+    prepare(out, args.resume)
     for data_name in TURN:
         points = make_points(data_name)
         data = split_points(data_name, points[:5000] if args.smoke else points)

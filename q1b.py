@@ -81,7 +81,7 @@ def best_start(splits: dict[str, Tensor], args: argparse.Namespace, progress: Pa
         model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
         curves = fit(
             model.to(args.device), splits, epochs=max(1, args.epochs // SHARE), batch_size=args.batch_size, lr=args.lr,
-            kl_weight=lambda done: min(1.0, done / WARMUP), seed=args.seed * STARTS + k, resume=args.resume,
+            kl_warmup=WARMUP, seed=args.seed * STARTS + k, resume=args.resume,
             path=progress / f"start_{k + 1}.pt", run={"args": settings(args)}, name=f"start {k + 1} of {STARTS}",
         )  # fmt: skip
         starts.append((min(curves["valid"]["neg_elbo_bpd"]), k, model))
@@ -360,7 +360,7 @@ def plot_both_curves(curves: dict[str, Any], final: dict[str, Any], path: Path) 
 
 def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """All of 1B with one seed: trains, writes checkpoint, metrics and figures; returns metrics and failures."""
-    prepare(out)
+    prepare(out, args.resume)
     points, labels = make_points()
     data = split_points("three clusters", points[:5000] if args.smoke else points)
     splits = {k: x.to(args.device) for k, x in data.splits.items()}
