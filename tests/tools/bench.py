@@ -1,7 +1,8 @@
 """How fast, and how near to what the machine can do: one table, ratios measured in one run, medians.
 
-python tests/tools/bench.py        ->  results/bench/metrics.json, report.md   (ten minutes on two idle cores)
-python tests/tools/bench.py --short    a few seconds, to see that it works
+python tests/tools/bench.py           ->  results/bench/metrics.json, report.md   (half an hour on two idle cores)
+python tests/tools/bench.py --part bounds   one part of it alone: steps, sampling, bounds or processes
+python tests/tools/bench.py --short         a minute, to see that it works
 """
 
 import argparse
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import bonus  # noqa: E402
 import core  # noqa: E402
+import q2b  # noqa: E402
 
 MODELS = {
     "q2a": lambda: core.ImageVAE(16, core.StandardNormal), "q2b": lambda: core.ImageVAE(16, core.FlowPrior),
@@ -172,6 +174,60 @@ def sampling(device, n, rounds):
     return table
 
 
+RECIPES = {  # of training 2b; what is not said is as the script has it
+    "plain: the handout's Adam": core.HANDOUT,
+    "earlier: Adam, one cycle": dict(batch_size=32, lr=1e-3, muon_lr=0.0, schedule="one-cycle"),
+    "new: Muon and Adam": {},
+}
+
+
+class Reached(Exception):
+    """Raised to end a training at the bound that was asked for."""
+
+
+def seconds_to_bound(recipe, splits, seed, args, until=-float("inf")):
+    """Train 2b until validation is below `until`, or to the end: the seconds, looks included, and the last bound."""
+    recipe = {k: q2b.DEFAULTS[k] for k in ("batch_size", "lr", "muon_lr", "schedule")} | recipe
+    torch.manual_seed(seed)
+    model, look, seen = core.to_device(MODELS["q2b"](), args), core.look, []
+
+    def noting(now, *rest):
+        look(now, *rest)
+        seen.append((now.seconds, now.curves["valid"]["neg_elbo_bpd"][-1]))
+        if seen[-1][1] < until:
+            raise Reached
+
+    core.look = noting
+    try:
+        core.fit(model, splits, epochs=args.epochs, seed=seed, precision=args.precision, name="bench", **recipe)
+    except Reached:
+        pass
+    finally:
+        core.look = look
+    return seen[-1]
+
+
+def times_to_bound(args, seeds):
+    """Seconds until validation is below the plain recipe's last bound, for each recipe and seed."""
+    splits = {name: x.to(args.device) for name, x in core.load_images(args).splits.items()}
+    table = {
+        "plain_bound_bpd": [],
+        "seconds": {name: [] for name in RECIPES},
+        "reached": {name: [] for name in RECIPES},
+    }
+    for seed in range(seeds):
+        bound = float("inf")
+        for name, recipe in RECIPES.items():
+            plain = recipe is core.HANDOUT
+            seconds, last = seconds_to_bound(recipe, splits, seed, args, -float("inf") if plain else bound)
+            bound = last if plain else bound
+            table["seconds"][name].append(seconds)
+            table["reached"][name].append(plain or last < bound)
+            print(f"seed {seed}, {name}: {last:.4f} bits/dim on validation after {seconds:.0f} s", flush=True)
+        table["plain_bound_bpd"].append(bound)
+    return table
+
+
 CHILD = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
@@ -214,68 +270,111 @@ q2a.main(["--smoke", "--out", sys.argv[1]])
 """
 
 
+def processes(short, rounds):
+    """Peak memory, seconds to the first step, and seconds of question 1, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as out:
+        found = {"peak_memory_mb": memory(out, 160, short)}
+        found["seconds_to_first_step"] = statistics.median(child(["-c", START_UP], out)[0] for _ in range(rounds))
+        if not short:
+            found |= {f"seconds_{q}": child([f"{q}.py"], "--out", out)[0] for q in ("q1a", "q1b")}
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--part", choices=("steps", "sampling", "bounds", "processes"), help="all, unless given")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="of the measured steps")
     parser.add_argument("--out", default="results/bench")
     args = parser.parse_args()
     args.started, device = time.monotonic(), core.choose_device(args.device)
-    # A precision that the machine does not multiply, but emulates, has no row.
-    modes = ["fp32", *(["bf16"] if core.choose_precision("auto", device) == "bf16" else [])]
-    rounds, steps = (1, 1) if args.short else (5, 4 if device == "cpu" else 50)
-    with tempfile.TemporaryDirectory() as out:
-        metrics = {
-            "training": training_speed(device, args.batch_size, rounds, steps, modes),
-            "sampling": sampling(device, 4 if args.short else 100, rounds),
-        }
-        if device == "cpu" and sys.platform != "win32":
-            metrics["peak_memory_mb"] = memory(out, 160, args.short)
-            starts = [child(["-c", START_UP], out)[0] for _ in range(rounds)]
-            metrics["seconds_to_first_step"] = statistics.median(starts)
-            if not args.short:
-                metrics["seconds_q1a"], metrics["seconds_q1b"] = (
-                    child([f"{q}.py"], "--out", out)[0] for q in ("q1a", "q1b")
-                )
-    args.device = device
-    metrics = core.describe_run("bench", args, {"name": "random images"}) | metrics
+    args.device, args.precision, short = device, core.choose_precision("auto", device), args.short
+    modes = ["fp32", *(["bf16"] if args.precision == "bf16" else [])]  # one that is emulated has no row
+    rounds, steps = (1, 1) if short else (5, 4 if device == "cpu" else 50)
+    job = argparse.Namespace(data="synthetic", data_root="data", seed=0, evaluate=None, limit=48 if short else 4000)
+    vars(job).update(epochs=1 if short else 3, device=device, precision=args.precision)
+    parts = {
+        "steps": lambda: training_speed(device, args.batch_size, rounds, steps, modes),
+        "sampling": lambda: sampling(device, 4 if short else 100, rounds),
+        "bounds": lambda: times_to_bound(job, 1 if short else 3),
+        "processes": lambda: processes(short, rounds) if device == "cpu" and sys.platform != "win32" else {},
+    }
+    found = {name: part() for name, part in parts.items() if args.part in (None, name)}
+    metrics = core.describe_run("bench", args, {"name": "random images; bounds: synthetic"}) | found
     folder = core.make_folder(Path(args.out))
     core.write_metrics(folder, args, metrics)  # with the seconds
     text = report(metrics)
     core.write_whole(folder / "report.md", lambda file: file.write(text.encode()))
-    print((folder / "report.md").read_text("utf-8"))
+    print(text)
 
 
 def report(metrics):
-    """The table of metrics.json in words."""
-    rows = [
-        f"| {script} | {mode} | {r['images_per_s']:,.0f} | {r['times_plain']:.2f} | {r['of_product_rate']:.0%} |"
-        for script, row in metrics["training"].items() for mode, r in row.items() if isinstance(r, dict)
-        and "images_per_s" in r
-    ]  # fmt: skip
-    text = ["# Speed", "", f"{metrics['env']['device']}, {metrics['env']['threads']} threads, torch "
-            f"{metrics['env']['torch']}, batches of {metrics['args']['batch_size']}; medians of several rounds in one "
-            f"run of {metrics['seconds']:.0f} s.", "",
-            "| model | training step | images/s | times plain | of the rate of a large matrix product |",
-            "|---|---|---|---|---|", *rows, "",
-            "plain: fp32, eager, a DataLoader over a TensorDataset, the loss looked at each step; same network. The "
-            "product's rate is measured in the same precision and run, the step's operations are counted by torch.",
-            "", *(f"{script}: looks at the three splits (fp32) take {row['looks_of_training_time']:.0%} of the time of "
-                  "20 epochs at SVHN's sizes.\n" for script, row in metrics["training"].items()),
-            "| samples | wavefronts, s | raster order, one position a step, s | identical | one whole pass, s |",
-            "|---|---|---|---|---|"]  # fmt: skip
-    text += [
-        f"| {name} | {s['wavefront_s']:.2f} | {s['raster_s']:.2f} | {s['identical']} | {s['one_whole_pass_s']:.2f} |"
-        for name, s in metrics["sampling"].items()
-    ]
-    text += ["", "Raster order with whole passes, as in the textbook, takes 64 (flow) or 1,024 (decoder) of those.", ""]
-    for key in ("peak_memory_mb", "seconds_to_first_step", "seconds_q1a", "seconds_q1b"):
-        if key in metrics:
-            value = metrics[key]
-            shown = ", ".join(f"{k} {v:.0f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.1f}"
-            text.append(f"{key.replace('_', ' ')}: {shown}\n")
-    return "\n".join(text)
+    """The tables of metrics.json in words, of those parts that were measured."""
+    env = metrics["env"]
+    text = f"""# Speed
+
+{env["device"]}, {env["threads"]} threads, torch {env["torch"]}; medians of several rounds in one run of
+{metrics["seconds"]:.0f} s.
+"""
+    if "steps" in metrics:
+        rows = "\n".join(
+            f"| {script} | {mode} | {r['images_per_s']:,.0f} | {r['times_plain']:.2f} | {r['of_product_rate']:.0%} |"
+            for script, row in metrics["steps"].items()
+            for mode, r in row.items()
+            if isinstance(r, dict) and "images_per_s" in r
+        )
+        looks = ", ".join(f"{row['looks_of_training_time']:.0%} ({name})" for name, row in metrics["steps"].items())
+        text += f"""
+## A step of training, batches of {metrics["args"]["batch_size"]}
+
+| model | training step | images/s | times plain | of the rate of a large matrix product |
+|---|---|---|---|---|
+{rows}
+
+plain: fp32, eager, a DataLoader over a TensorDataset, the loss looked at each step; same network. The product's rate is
+measured in the same precision and run, the step's operations are counted by torch. Looks at the three splits (fp32)
+take, of the time of 20 epochs at SVHN's sizes: {looks}.
+"""
+    if "bounds" in metrics:
+        found, rows = metrics["bounds"], []
+        plain = statistics.median(next(iter(found["seconds"].values())))
+        for name, seconds in found["seconds"].items():
+            listed, middle = ", ".join(f"{s:.0f}" for s in seconds), statistics.median(seconds)
+            missed = "" if all(found["reached"][name]) else " (not reached)"
+            rows.append(f"| {name} | {middle:.0f}{missed} | {middle / plain:.2f} | {listed} |")
+        bounds, table = ", ".join(f"{bound:.3f}" for bound in found["plain_bound_bpd"]), "\n".join(rows)
+        text += f"""
+## Seconds until 2b's validation is below the plain recipe's last bound
+
+| recipe | seconds, median over seeds | of plain | each seed |
+|---|---|---|---|
+{table}
+
+synthetic, 4,000 training images; plain sees each three times and ends at {bounds} bits/dim. Looks are included; there
+are twenty, denser early, so that a time is late by one interval at most.
+"""
+    if "sampling" in metrics:
+        rows = "\n".join(
+            f"| {name} | {s['wavefront_s']:.2f} | {s['raster_s']:.2f} "
+            f"| {s['identical']} | {s['one_whole_pass_s']:.2f} |"
+            for name, s in metrics["sampling"].items()
+        )
+        text += f"""
+## Sampling
+
+| samples | wavefronts, s | raster order, one position a step, s | identical | one whole pass, s |
+|---|---|---|---|---|
+{rows}
+
+Raster order with whole passes, as in the textbook, takes 64 (flow) or 1,024 (decoder) of those.
+"""
+    if metrics.get("processes"):
+        text += "\n## Memory and seconds\n"
+    for key, value in metrics.get("processes", {}).items():
+        shown = ", ".join(f"{k} {v:.0f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.1f}"
+        text += f"\n{key.replace('_', ' ')}: {shown}\n"
+    return text
 
 
 if __name__ == "__main__":
