@@ -1254,8 +1254,8 @@ def progress_bar(*args: Any, **options: Any) -> Any:
         return tqdm(*args, disable=True, **options)
     if in_kernel() or sys.stderr.isatty():
         return tqdm(*args, leave=False, **options)
-    line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}\n"
-    return tqdm(*args, **{**options, "file": sys.stdout, "bar_format": line, "mininterval": 60, "delay": 60})
+    line = {"file": sys.stdout, "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}\n"}
+    return tqdm(*args, **{**options, **line, "delay": 60, "mininterval": 60, "miniters": 1})
 
 
 # Several processes: torchrun starts the same program, with the same random numbers. In training each process takes
@@ -1413,9 +1413,8 @@ def claim(out: Path, resume: bool) -> None:
 
 
 def lock(folder: Path) -> None:
-    """A lock on the folder, which ends with this process; nothing where folders cannot be locked, as on Windows."""
-    if folder in LOCKED:  # by an earlier run in this process, a notebook
-        os.close(LOCKED.pop(folder))
+    """A lock on the folder until `unlock` or the end of this process; nothing where there are none, as on Windows."""
+    unlock(folder)  # of an earlier run in this process, a notebook
     if os.name != "posix":
         return
     import fcntl  # of Unix alone
@@ -1424,9 +1423,15 @@ def lock(folder: Path) -> None:
     try:
         fcntl.flock(LOCKED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"another run is writing into {folder}: wait for its end, or choose another --out")
+        fail(f"another run, or a notebook's, is writing into {folder}: wait for its end, or choose another --out")
     except OSError:  # a network file system without locks
         pass
+
+
+def unlock(folder: Path) -> None:
+    """The end of this process's `lock`, if it has one."""
+    if folder in LOCKED:
+        os.close(LOCKED.pop(folder))
 
 
 def make_folder(path: Path) -> Path:
@@ -1471,6 +1476,7 @@ def write_report(out: Path, report: str, failed: dict[str, str]) -> None:
     missing = "".join(f"**Missing: {what}.** {reason}\n\n" for what, reason in failed.items())
     title, rest = report.split("\n\n", 1)
     write_whole(out / "report.md", lambda file: file.write(f"{title}\n\n{missing}{rest}".encode()))
+    unlock(out)
     print(f"wrote {out / 'report.md'}, its figures and metrics.json")
     if failed:
         fail(f"missing: {', '.join(failed)}; once mended, the same command with --resume adds it without training", 1)

@@ -27,7 +27,7 @@ from core import (  # before torch, whose import reads what core has set
     error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, floor_text, in_bits,
     kl_per_position, launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images,
     posteriors, prepare, prior_check_text, quantise, read_checkpoint, save_figure, settings, skipped_text,
-    standard_error, straight_lines, synthetic_floor, to_device, training_text, what_must_match, write_images,
+    standard_error, straight_lines, synthetic_floor, to_device, training_text, unlock, what_must_match, write_images,
     write_metrics, write_report,
 )  # fmt: skip
 
@@ -68,6 +68,7 @@ def model_of_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path)
             muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
             precision=args.precision, path=path, resume=True, run=run, name="2a",
         )  # fmt: skip
+        unlock(path.parent)
     elif not saved["finished"]:
         return None, f"{path} is of a training that was not finished: not compared."
     else:

@@ -113,14 +113,3 @@ def test_memory_is_given_back(kernel):
     before = int(text(kernel(count)))
     assert not errors(kernel('q2a.main(["--smoke"])'))
     assert int(text(kernel(count))) - before < 1_000_000  # a model has 6 million
-
-
-def test_the_notebook_runs_from_top_to_bottom(tmp_path):
-    for name in ("core", *SCRIPTS):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    notebook = nbformat.read(ROOT / "notebook.ipynb", 4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert sum(figures(cell) for cell in code) >= 15
-    assert {p.name for p in (tmp_path / "results/smoke").iterdir()} == set(SCRIPTS)
