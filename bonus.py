@@ -224,19 +224,20 @@ class LossyVAE(VAE):
         """log P(levels | z). x: the levels' bin centres [B, 3, 32, 32] -> [B], nats."""
         return mixture_log_prob(quantise(x), self.decoder(x, self.decoder.features(z)))
 
-    def loss(self, levels: Tensor, kl_weight: float = 1.0) -> Tensor:
+    def loss(self, levels: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
         """The negative ELBO with two changes, in bits/dim, [].
 
-        blind times a second decoder term whose pixels see no neighbours: neighbours teach the decoder faster than z
-        does, and a decoder that has learned to do without z never uses it again. free_bits: the bits/dim of a batch's
-        KL that are not charged for (Kingma et al. 2016, arXiv:1606.04934).
+        blind (1 - done) times a second decoder term whose pixels see no neighbours: neighbours teach the decoder faster
+        than z does, and a decoder that has learned to do without z never uses it again. The term fades, as it asks for
+        more in z than pays. free_bits: the bits/dim of a batch's KL that are not charged for (Kingma et al. 2016,
+        arXiv:1606.04934).
         """
         x = self.to_x(levels)
         z, mu, log_std = self.posterior(x)
         features = self.decoder.features(z)
         recon = -mixture_log_prob(levels, self.decoder(x, features))
         if self.blind:
-            recon = recon - self.blind * mixture_log_prob(levels, self.decoder.rest(features))
+            recon = recon - self.blind * (1 - done) * mixture_log_prob(levels, self.decoder.rest(features))
         recon, kl = (bits_per_dim(term.mean(), levels[0].numel()) for term in (recon, self.kl(z, mu, log_std)))
         if self.free_bits:
             kl = kl * (sum_over_processes(kl) / rank_and_world()[1] > self.free_bits)
@@ -381,9 +382,9 @@ bits/dim (the first 4,000 test images, at most), which is {3072 * cost:,.0f} bit
 
 The code of a test image holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each
 position of the 8 x 8 grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to
-the prior. The remedies, in training alone: `--blind`, the weight of a second decoder term whose pixels see no
-neighbours, so that z has to hold the picture, here {args["blind"]:g}; and `--free-bits`, bits/dim of KL that are not
-charged for, here {args["free_bits"]:g}."""
+the prior. The remedies, in training alone: `--blind`, the weight, fading from {args["blind"]:g} to 0, of a second
+decoder term whose pixels see no neighbours, so that z has to hold the picture; and `--free-bits`, bits/dim of KL that
+are not charged for, here {args["free_bits"]:g}."""
 
 
 def pays_text(no_code: dict[str, Any] | None, bound: float) -> str:
@@ -491,7 +492,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--receptive-field", type=number(int, 1, 15), help="rows above, and columns to each side, that a pixel sees")
     add("--prior", choices=tuple(PRIORS), help="of z")
-    blind = "weight, in training, of a decoder term without neighbours, so that z is used; bounds are without it"
+    blind = "weight, fading to 0 over training, of a decoder term without neighbours, so that z is used"
     add("--blind", type=number(float, 0, 100), help=blind)
     add("--free-bits", type=number(float, 0, 8), help="bits/dim of KL that training does not charge for")
     table = "epochs of each row of the receptive-field table (default: a fifth of --epochs); 0: no table"

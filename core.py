@@ -274,8 +274,11 @@ class VAE(nn.Module):
         """log p(x|z), here of a normal. x [B, ...], z [B, *latent_shape] -> [B], nats."""
         return normal_log_prob(x, *self.decoder(z))
 
-    def loss(self, data: Tensor, kl_weight: float = 1.0) -> Tensor:
-        """What training minimises: mean of recon + kl_weight kl, bits/dim, []. Every reported bound has weight 1."""
+    def loss(self, data: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
+        """What training minimises: mean of recon + kl_weight kl, bits/dim, []. Every reported bound has weight 1.
+
+        done: the fraction of training that is over, for a subclass whose loss changes on the way.
+        """
         recon, kl = self(data)
         return bits_per_dim((recon + kl_weight * kl).mean(), data[0].numel())
 
@@ -1154,7 +1157,7 @@ def fit(
             for optimiser, peak in zip(optimisers, (lr, muon_lr), strict=False):
                 optimiser.param_groups[0]["lr"] = peak * SCHEDULES[schedule](done)
             torch.manual_seed(seed_of("step", seed, now.step))
-            finite = train_step(model, optimisers, train[batch], precision, kl_weight)
+            finite = train_step(model, optimisers, train[batch], precision, kl_weight, done)
             now.step += 1
             now.skipped = now.skipped + ~finite
             now.skipped_in_a_row = (now.skipped_in_a_row + 1) * ~finite
@@ -1190,14 +1193,16 @@ def steps_to_look(steps: int) -> set[int]:
     return {round(steps * (k / 20) ** 2) for k in range(21)}
 
 
-def train_step(model: Any, optimisers: list[Any], x: Tensor, precision: str, kl_weight: float = 1.0) -> Tensor:
+def train_step(
+    model: Any, optimisers: list[Any], x: Tensor, precision: str, kl_weight: float = 1.0, done: float = 0.0
+) -> Tensor:
     """One step of the optimisers on this process's share x of a batch. Gradients are clipped to norm 1.
 
     If loss or gradients are not finite, the gradients are set to 0, so that nothing of this batch reaches the weights.
     Returns whether they were finite, [], on the device, so that nothing here waits for it.
     """
     with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-        loss = model.loss(x, kl_weight)
+        loss = model.loss(x, kl_weight, done)
     model.zero_grad()
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -1255,7 +1260,9 @@ def progress_bar(*args: Any, **options: Any) -> Any:
     if in_kernel() or sys.stderr.isatty():
         return tqdm(*args, leave=False, **options)
     line = {"file": sys.stdout, "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}\n"}
-    return tqdm(*args, **{**options, **line, "delay": 60, "mininterval": 60, "miniters": 1})
+    bar: Any = tqdm(*args, **{**options, **line, "delay": 60, "mininterval": 60, "miniters": 1})
+    bar.clear = lambda *args: None  # a log's lines stay
+    return bar
 
 
 # Several processes: torchrun starts the same program, with the same random numbers. In training each process takes

@@ -22,6 +22,10 @@ TESTS = ("core", "bonus", "plane", "training", "data", "bad_input", "numbers", "
 OF_FILE = {"q2b.py": ("scripts",)}  # tests in place of TESTS
 OF_MISTAKE = {"wavefronts on the CPU": ("fake_gpu",), "taps on the CPU": ("fake_gpu",)}
 MUTANTS = [  # what goes wrong, file, right, wrong
+    ("a live run is not seen", "core.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    ("earlier results written over", "core.py", "if not resume and any(", "if resume and any("),
+    ("a KL weight that stays at half", "core.py", "min(1.0, done / kl_warmup)", "min(0.5, done / kl_warmup)"),
+    ("channels first taken for rows", "core.py", "x = x.transpose(0, 2, 3, 1) if x.shape[1] == 3", "x = x.reshape(len(x), *x.shape[2:], 3) if x.shape[1] == 3"),
     ("sum over dimensions becomes a mean", "core.py", "x.flatten(1).sum(1)", "x.flatten(1).mean(1)"),
     ("log std not subtracted", "core.py", "** 2 - log_std - 0.5", "** 2 - 0.5"),
     ("log 2 pi counted twice", "core.py", "- 0.5 * math.log(2 * math.pi)", "- math.log(2 * math.pi)"),
@@ -62,7 +66,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("last batch of an evaluation dropped", "core.py", "range(rank, len(batches), world)", "range(rank, max(1, len(batches) - 1), world)"),
     ("best look chosen on train", "core.py", 'if bounds["valid"]["neg_elbo_bpd"] < now.best_bound', 'if bounds["train"]["neg_elbo_bpd"] < now.best_bound'),
     ("last weights kept", "core.py", "model.load_state_dict(now.best_weights)", "pass"),
-    ("KL weight ignored in training", "core.py", "loss = model.loss(x, kl_weight)", "loss = model.loss(x)"),
+    ("KL weight ignored in training", "core.py", "loss = model.loss(x, kl_weight, done)", "loss = model.loss(x)"),
     ("looks not spread over training", "core.py", "round(steps * (k / 20) ** 2)", "round(steps * (k / 20))"),
     ("warm-up in the reported bound", "core.py", "return self.recon + self.kl", "return self.recon + 0.5 * self.kl"),
     ("test is the last tenth, not fifth", "core.py", "int(0.8 * len(x)) * 9 // 10, int(0.8 * len(x))", "int(0.8 * len(x)), int(0.9 * len(x))"),

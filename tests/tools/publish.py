@@ -1,6 +1,6 @@
 """Copy a finished run into results/published, from where `python tests/tools/readme_table.py` puts it into the README.
 
-python tests/tools/publish.py results/q2b                  metrics.json, report.md and all figures
+python tests/tools/publish.py results/q2b                  metrics.json, report.md, all figures and codec.json
 python tests/tools/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only
                                                            those figures that show no image of the data
 Pictures over 200 kB are copied in 256 colours. A published run of the same name gives way to it.
@@ -43,7 +43,7 @@ def main():
     if "data" in metrics["args"]:
         metrics["args"]["data"] = Path(metrics["args"]["data"]).name
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    for path in sorted([*args.folder.glob("*.png"), *args.folder.glob("*.md")]):
+    for path in sorted([*args.folder.glob("*.png"), *args.folder.glob("*.md"), *args.folder.glob("codec.json")]):
         if args.no_images and path.name in SHOW_DATA:
             continue
         if path.suffix == ".png" and path.stat().st_size > LIMIT:

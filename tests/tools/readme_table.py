@@ -20,10 +20,10 @@ import q2b  # noqa: E402
 
 COLUMNS = (
     "question, model", "data", "−ELBO, bits/dim", "KL, bits/dim", "decoder term, bits/dim", "reference, bits/dim",
-    "epochs", "training, s", "threads", "command",
+    "file on disk, bits/dim", "epochs", "training, s", "threads", "command",
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
-SHORT_COLUMNS = ("question, model", "data", "−ELBO, bits/dim", "reference, bits/dim", "epochs", "training, s")
+SHORT_COLUMNS = ("question, model", "data", "−ELBO, bits/dim", "reference, bits/dim", "training, s", "command")
 SHORT_HEAD = f"| {' | '.join(SHORT_COLUMNS)} |\n{'|---' * len(SHORT_COLUMNS)}|\n"
 SHORT_MODELS = ("data1_diagonal", "data2_diagonal", "diagonal", "isotropic")  # of 1A and 1B
 SHORT_DATA = ", at most 4000 training images"  # of the image models
@@ -67,22 +67,36 @@ def row(metrics, what, bounds, reference):
     kl, recon = (statistics.mean(f[key] for f in bounds) for key in ("kl_bpd", "recon_bpd"))
     return (
         f"| {what} | {metrics['data'].get('name', 'Gaussian')} | {bound_cell(bounds)} | {kl:.4f} | {recon:.4f} "
-        f"| {reference} | {metrics['args']['epochs']} | {seconds(metrics)} | {metrics['env']['threads']} "
-        f"| `{command(metrics)}` |"
+        f"| {reference} | {file_cell(metrics)} | {metrics['args']['epochs']} | {seconds(metrics)} "
+        f"| {metrics['env']['threads']} | `{command(metrics)}` |"
     )
 
 
 def short_row(metrics, what, bounds, reference):
     """One line of the README's table."""
-    data = metrics["data"].get("name", "Gaussian")
+    data = metrics["data"].get("name", "Gaussian").replace(" (a stand-in for SVHN)", "")
     return (
-        f"| {what} | {data} | {bound_cell(bounds)} | {reference} | {metrics['args']['epochs']} | {seconds(metrics)} |"
+        f"| {what} | {data} | {bound_cell(bounds)} | {reference} | {seconds(metrics)} "
+        f"| `{command(metrics).removeprefix('python ')}` |"
     )
+
+
+def file_cell(metrics):
+    """What `tests/tools/codec.py` made of the first test images, its start-up apart, and the bound on the same."""
+    if "codec" not in metrics:
+        return ""
+    found = metrics["codec"]["bits_per_dim"]
+    file, bound = found["file without the start-up"], found["bound as in the reports (core.evaluate)"]
+    return f"{file:.4f} ({metrics['codec']['images']} images; −ELBO there {bound:.4f})"
 
 
 def published():
     """The metrics of every published run, in the order of the questions."""
-    runs = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results/published").glob("*/metrics.json")]
+    runs = []
+    for path in (ROOT / "results/published").glob("*/metrics.json"):
+        codec = path.with_name("codec.json")
+        more = {"codec": json.loads(codec.read_text("utf-8"))} if codec.exists() else {}
+        runs.append(json.loads(path.read_text("utf-8")) | more)
     order = ("q1a", "q1b", "q2a", "q2b", "bonus")
 
     def place(m):
