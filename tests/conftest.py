@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,6 @@ import core
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("q1a", "q1b", "q2a", "q2b", "bonus")
-os.environ["MPLBACKEND"] = "agg"  # of the scripts that tests start
 matplotlib.use("agg")
 
 
@@ -51,16 +51,24 @@ def results(folder, script):
     return json.loads((folder / script / "metrics.json").read_text("utf-8"))
 
 
+def nowhere(folder):
+    """Settings that a plain matplotlib fails with, and a terminal without letters beyond ASCII."""
+    (folder / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\nonsense\nfont.family: nothing\n")
+    backend = "module://no_such_backend"
+    return {"MATPLOTLIBRC": str(folder / "matplotlibrc"), "MPLBACKEND": backend, "PYTHONIOENCODING": "ascii"}
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
     """Of one --smoke run of every script, by the README's command: the folder of results, and what was printed.
 
-    Tests read it and do not write into it.
+    In an environment that asks for what is not there (`nowhere`). Tests read it and do not write into it.
     """
-    out = tmp_path_factory.mktemp("out")
+    out = tmp_path_factory.mktemp("Größe")
+    environment = nowhere(tmp_path_factory.mktemp("settings")) | {"OMP_NUM_THREADS": "1"}
 
     def run_all(scripts):
-        return {s: run(f"{s}.py", "--smoke", "--device", "cpu", "--out", out, OMP_NUM_THREADS="1") for s in scripts}
+        return {s: run(f"{s}.py", "--smoke", "--device", "cpu", "--out", out, **environment) for s in scripts}
 
     with ThreadPoolExecutor(2) as pool:  # 2b compares itself with 2a, which has to be there first
         first, second = pool.map(run_all, (("q2a", "q2b", "q1a"), ("bonus", "q1b")))
@@ -74,6 +82,14 @@ def one_thread():
     """On which the order of every sum is the same from run to run."""
     with core.one_thread():
         yield
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Whatever is fetched is asked of a proxy that is not there."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # one that has read other settings
 
 
 @pytest.fixture

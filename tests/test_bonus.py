@@ -292,6 +292,10 @@ def test_the_blind_term_is_in_training_alone_and_sees_no_neighbours():
         seeing = model.log_p_x(x, z)
     expected = losses[0.0] - 2 * bits_per_dim(from_z_alone.mean(), 3072)
     assert torch.allclose(losses[2.0], expected, rtol=1e-5) and ((from_z_alone - seeing).abs() > 1).all()
+    for done, weight in ((0.5, 1.0), (1.0, 0.0)):  # it fades over training
+        torch.manual_seed(2)
+        expected = losses[0.0] - weight * bits_per_dim(from_z_alone.mean(), 3072)
+        assert torch.allclose(model.loss(images, 1.0, done), expected, rtol=1e-5)
 
 
 def said_of(found):
@@ -322,12 +326,20 @@ def test_a_code_is_said_to_be_used_only_where_taking_it_away_costs():
 def test_the_table_says_that_the_kl_falls_only_where_it_clearly_does():
     def rows(*kls, error=0.01):
         each = {"epochs": 1, "neg_elbo_bpd": 4.0, "neg_elbo_se_bpd": 0.1, "recon_bpd": 3.0, "kl_se_bpd": error}
-        return [each | {"receptive_field": r, "latents": n, "kl_bpd": kl}
-                for (r, n), kl in zip(((1, 4), (2, 4), (3, 4), (3, 0)), kls, strict=True)]  # fmt: skip
+        return [each | {"receptive_field": k, "kl_bpd": kl} for k, kl in enumerate(kls, 1)]
 
-    assert "falls in every row" in bonus.table_text(rows(0.3, 0.2, 0.1, 0))
-    for unclear in (rows(0.1, 0.2, 0.3, 0), rows(0.3, 0.1, 0.2, 0), rows(0.3, 0.2, 0.1, 0, error=0.2)):
+    assert "falls in every row" in bonus.table_text(rows(0.3, 0.2, 0.1))
+    for unclear in (rows(0.1, 0.2, 0.3), rows(0.3, 0.1, 0.2), rows(0.3, 0.2, 0.1, error=0.2)):
         assert "does not clearly fall" in bonus.table_text(unclear)
+
+
+def test_a_code_is_said_to_pay_only_where_the_model_without_one_is_clearly_worse():
+    def said(above):
+        return bonus.pays_text({"neg_elbo_bpd": 4.0 + above, "above_bpd": above, "above_se_bpd": 0.01}, 4.0)
+
+    assert "**The code pays**" in said(0.1) and "**The code does not pay**" in said(-0.1)
+    assert "**The code neither pays nor costs**" in said(0.01) and "neither" in said(-0.01)
+    assert "not known" in bonus.pays_text(None, 4.0)
 
 
 def test_sampled_colours_follow_the_colours_before_them():

@@ -81,9 +81,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(nn.Module, "_apply", move)
     monkeypatch.setattr(Tensor, "__deepcopy__", deepcopied)
 
-    def train_step(model, optimisers, x, precision, kl_weight):  # autograd's engine asks for a real GPU
+    def train_step(model, optimisers, x, precision, kl_weight, done):  # autograd's engine asks for a real GPU
         with torch.no_grad():
-            return torch.isfinite(model.loss(x, kl_weight) + sum(p.sum() for p in model.parameters()))
+            return torch.isfinite(model.loss(x, kl_weight, done) + sum(p.sum() for p in model.parameters()))
 
     monkeypatch.setattr(core, "train_step", train_step)
     wavefronts = core.wavefronts

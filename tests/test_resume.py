@@ -14,10 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def run_script(script, out, more, keep_seconds, log, draw):
         core.save_figure = module.save_figure = lambda fig, path: plt.close(fig)
         module.draw_figures = lambda *_: None
         module.plot_images = module.plot_curves = lambda *_, **__: None
-        module.TABLE, module.COUNTS, module.DRAWS = ((1, None), (2, None)), (1, 100), 1000  # of bonus, of q1b
+        module.RECEPTIVE_FIELDS, module.COUNTS, module.DRAWS = (1,), (1, 100), 1000  # of bonus, of q1b
     epochs, sizes = SIZES[script]
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         flags = ["--smoke", "--device", "cpu", "--out", out, "--epochs", str(epochs), *sizes, *more]
@@ -62,7 +64,7 @@ def start(script, out, *more, keep_seconds=0.0, draw=KILLS >= 100):
 
 
 def outcome(script, out):
-    """Weights and metrics, without what may differ: seconds and machine."""
+    """Metrics, weights and tables of curves, without what may differ: seconds and machine."""
     folder = out / "smoke" / script
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     metrics["args"].pop("out")
@@ -70,7 +72,8 @@ def outcome(script, out):
     flat = {}
     for name, value in state.items():
         flat.update({f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
-    return without_seconds({k: v for k, v in metrics.items() if k != "env"}), flat
+    tables = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*curves.csv")}
+    return without_seconds({k: v for k, v in metrics.items() if k != "env"}), flat, tables
 
 
 def without_seconds(value):
@@ -81,7 +84,7 @@ def without_seconds(value):
 
 
 def assert_same(found, expected):
-    assert found[0] == expected[0]
+    assert found[0] == expected[0] and found[2] == expected[2]
     assert found[1].keys() == expected[1].keys() and all(torch.equal(found[1][k], expected[1][k]) for k in found[1])
 
 
@@ -128,16 +131,22 @@ def wait_for(text, path, process):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_run_at_once_in_one_line_and_resume_goes_on(number, tmp_path):
+def test_a_signal_ends_the_run_at_once_in_one_line_and_resume_goes_on(number, tmp_path, capsys):
     """At most what came after the last checkpoint is lost: here the epochs' ends, as there is none between."""
     log = tmp_path / "out.log"
     process = start("q2a", tmp_path / "out", "--epochs", "1000", keep_seconds=1e9)
     wait_for("epoch  2.", log, process)  # a look within the third epoch
+    if number == signal.SIGINT:  # meanwhile another run is refused, and disturbs nothing
+        with pytest.raises(SystemExit) as stop:
+            run_q2a(tmp_path / "out")
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1 and "another run" in message
     sent = time.monotonic()
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number and time.monotonic() - sent < 10
     last = log.read_text().splitlines()[-1]
+    assert not list(tmp_path.rglob("q2a.*"))
     assert last.startswith("error: interrupted") and "--resume" in last and "Traceback" not in log.read_text()
     saved = torch.load(tmp_path / "out/smoke/q2a/checkpoint.pt", weights_only=True)
     assert saved["progress"]["step"] >= 4 and not saved["finished"]  # two epochs of two steps
@@ -202,6 +211,7 @@ def precisions(finished):
         (["--lr", "0.1"], [f"--lr ({q2a.DEFAULTS['lr']}, now 0.1)"]),
         (["--limit", "50"], ["--limit (48, now 50)", "the data"]), (["--schedule", "constant"], ["--schedule"]),
         (["--muon-lr", "0"], [f"--muon-lr ({q2a.DEFAULTS['muon_lr']}, now 0.0)"]),
+        (["--kl-warmup", "0.5"], ["--kl-warmup (None, now 0.5)"]),
     ],
 )  # fmt: skip
 def test_resume_with_other_arguments_is_refused_and_names_both_values(change, named, finished, capsys):
@@ -225,14 +235,6 @@ def test_on_resume_the_precision_is_what_the_run_had(finished, capsys, undrawn, 
         run_q2a(finished, "--resume")
         assert results(finished / "smoke", "q2a")["args"]["precision"] == had
         assert f"--precision {had}" in capsys.readouterr().out
-
-
-def test_a_run_without_resume_sets_an_earlier_checkpoint_aside(finished, capsys, undrawn):
-    path = finished / "smoke/q2a/checkpoint.pt"
-    before = path.read_bytes()
-    run_q2a(finished, "--epochs", "0")
-    assert "checkpoint.old.pt; --resume would" in capsys.readouterr().out
-    assert path.with_suffix(".old.pt").read_bytes() == before != path.read_bytes()
 
 
 def test_resume_refuses_a_broken_checkpoint(finished, capsys):
@@ -315,13 +317,11 @@ def test_without_torchvision_other_data_than_svhn_need_nothing_of_it(tmp_path):
     stub = tmp_path / "stub" / "torchvision"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    broken = {"PYTHONPATH": str(stub.parent), "OMP_NUM_THREADS": "1"}
-    command = ["q2a.py", "--smoke", "--device", "cpu", "--limit", "20", "--out", tmp_path]
-    done = run(*command, **broken)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    flags = ["--smoke", "--device", "cpu", "--limit", "20", "--out", str(tmp_path)]
+    command = f"import core, q2a; core.launch(lambda: q2a.main({flags}) or q2a.main([*{flags}, '--data', 'svhn']))"
+    done = run("-c", command, PYTHONPATH=str(stub.parent), OMP_NUM_THREADS="1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "torchvision::nms" in done.stderr
     assert_made_up_for(tmp_path / "smoke/q2a")
-    refused = run(*command, "--data", "svhn", **broken)
-    assert refused.returncode == 2 and "torchvision::nms" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_machine_that_cannot_draw_says_so_before_training(tmp_path, monkeypatch, capsys):
@@ -394,17 +394,63 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys, monkeypat
         core.launch(raiser(OSError("a library's")))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_signals_end_the_run_wherever_it_is(capsys):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+@pytest.fixture
+def handlers():
+    """Those of signals, which `core.launch` sets, are as before after the test."""
+    if sys.platform == "win32":
+        pytest.skip("needs POSIX signals")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
-    for number in handlers:  # as while figures are drawn
-        with pytest.raises(SystemExit) as stop:
-            core.launch(lambda number=number: os.kill(os.getpid(), number) or time.sleep(1))
-        message = capsys.readouterr().err
-        assert stop.value.code == 128 + number and message.count("\n") == 1 and "--resume" in message
-    for number, handler in handlers.items():
+    yield
+    for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_the_run_wherever_it_is(number, handlers, capsys):
+    with pytest.raises(SystemExit) as stop:  # as while figures are drawn
+        core.launch(lambda: os.kill(os.getpid(), number) or time.sleep(1))
+    message = capsys.readouterr().err
+    assert stop.value.code == 128 + number and message.count("\n") == 1 and "--resume" in message
+
+
+def evaluation(folder):
+    model = core.ImageVAE(4, core.StandardNormal)
+    core.evaluate(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(10**6, -1, -1, -1))
+
+
+def reading_of_a_large_file(folder):
+    """Of 300 MB, which are then resized."""
+    shape = (60_000, 40, 40, 3)
+    np.lib.format.open_memmap(folder / "x.npy", mode="w+", dtype=np.uint8, shape=shape)  # a file of holes
+    core.load_own(folder / "x.npy", seed=0)
+
+
+def drawing_of_synthetic_images(folder):
+    core.load_synthetic(folder, core.SVHN_SIZES)
+
+
+def assert_obeyed(work, number, within=2.0):
+    """A signal that comes 0.3 s after work began ends it. Seconds of this thread: other programs may be running."""
+    timer, begin = threading.Timer(0.3, os.kill, (os.getpid(), number)), time.thread_time()
+    with pytest.raises(SystemExit) as stop:
+        timer.start()
+        core.launch(work)
+    assert stop.value.code == 128 + number and time.thread_time() - begin < 0.3 + within
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("work", [evaluation, reading_of_a_large_file, drawing_of_synthetic_images])
+def test_an_interrupt_is_obeyed_within_two_seconds_in_long_work_too(work, number, handlers, tmp_path, capsys):
+    assert_obeyed(lambda: work(tmp_path), number)
+    message = capsys.readouterr().err
+    assert message.startswith("error: interrupted") and message.count("\n") == 1
+    assert not list(tmp_path.glob("synthetic*"))
+
+
+def test_control_one_long_call_into_c_is_seen_not_to_obey(handlers):
+    with pytest.raises(AssertionError):
+        assert_obeyed(lambda: sum(range(10**8)), signal.SIGTERM, within=0.1)
 
 
 OUT_OF_MEMORY = """

@@ -29,7 +29,7 @@ FIGURES = {
 TRAININGS = {  # checkpoints in the folder progress: one for each training but the script's own
     "q1a": {f"{data}_{decoder}" for data in ("data1", "data2") for decoder in ("diagonal", "isotropic")},
     "q1b": {"start_1", "start_2", "start_3", "diagonal", "isotropic"}, "q2a": set(), "q2b": {"flow_alone"},
-    "bonus": {f"receptive_field_{k}" for k in ("1", "2", "3", "3_no_code")},
+    "bonus": {"receptive_field_1", "receptive_field_2", "receptive_field_3", "no_code"},
 }  # fmt: skip
 IMAGES = ("q2a", "q2b", "bonus")
 BOUND = {"neg_elbo_bpd", "neg_elbo_se_bpd", "kl_bpd", "kl_se_bpd", "recon_bpd"}
@@ -67,8 +67,10 @@ def test_smoke_run_leaves_all_its_files(smoke, script):
     folder, outputs = smoke
     names = {path.name for path in (folder / script).iterdir()}
     own = {"metrics.json", "report.md", "checkpoint.pt"} | ({"progress"} if TRAININGS[script] else set())
+    own |= {"curves.csv"} if script in IMAGES else set()
     assert names == own | {f"{name}.png" for name in FIGURES[script]}
-    assert {path.stem for path in (folder / script / "progress").glob("*")} == TRAININGS[script]
+    sides = {f"{name}{end}" for name in TRAININGS[script] for end in (".pt", "_curves.csv")}
+    assert {path.name for path in (folder / script / "progress").glob("*")} == sides
     assert all(path.stat().st_size < 1_000_000 for path in (folder / script).glob("*.png"))
     first, *rest = outputs[script].splitlines()
     assert first.startswith(script) and "--device cpu" in first and "--seed 0" in first
@@ -80,8 +82,9 @@ def test_smoke_run_leaves_all_its_files(smoke, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_metrics_say_what_ran_on_what_and_are_finite(smoke, script):
     metrics = results(smoke[0], script)
-    images = {"test_kl_per_position_bits", "check_prior_nats", "test_codecs_bpd", "finished", "floor"}
-    codes = {"receptive_fields", "another_code_costs_bpd", "another_code_costs_se_bpd", "test_kl_per_position_bits"}
+    images = {"check_prior_nats", "test_codecs_bpd", "test_draw_se_bpd", "finished", "floor"}
+    codes = {"receptive_fields", "no_code", "another_code_costs_bpd", "another_code_costs_se_bpd"}
+    codes |= {"test_kl_per_position_bits"}
     more = {"q2a": images, "q2b": images | {"against_2a"}, "bonus": images | codes}
     assert set(metrics) - more.get(script, set()) == {
         "script", "args", "data", "env", "params", "seconds", "curves", "final", "failed",
@@ -128,6 +131,21 @@ def test_metrics_of_question_2(smoke, script):
             assert len(curves[split][key]) == len(curves["epoch"])
             assert curves[split][key][best] == pytest.approx(metrics["final"][split][key], abs=1e-5)
     assert "synthetic" in (smoke[0] / script / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_trainings_curves_are_a_table_too(smoke, script):
+    folder, curves = smoke[0] / script, results(smoke[0], script)["curves"]
+    tables = {"curves.csv": curves} if script in IMAGES else {}
+    tables |= {f"progress/{name}_curves.csv": curves.get(name) for name in TRAININGS[script]}
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.csv")} == set(tables)
+    for name, of_training in tables.items():
+        head, *rows = (folder / name).read_text().splitlines()
+        assert head.startswith("step,epoch,train_neg_elbo_bpd,") and len(rows) >= 2
+        if of_training:  # metrics.json has no curves of a start, a table's row and the like
+            columns = [of_training["step"], of_training["epoch"]]
+            columns += [of_training[split][key] for split in core.SPLITS for key in core.CURVE_KEYS]
+            assert [[float(x) for x in row.split(",")] for row in rows] == [list(r) for r in zip(*columns, strict=True)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -360,13 +378,23 @@ def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference():
 
 def test_bonus_compares_receptive_fields_on_one_budget(smoke):
     rows = results(smoke[0], "bonus")["receptive_fields"]
-    assert [(r["receptive_field"], r["latents"]) for r in rows] == [(1, 4), (2, 4), (3, 4), (3, 0)]
-    assert {r["epochs"] for r in rows} == {1}
-    assert rows[-1]["kl_bpd"] == 0 and all(r["kl_bpd"] > 0 for r in rows[:-1])
+    assert [r["receptive_field"] for r in rows] == [1, 2, 3]
+    assert {r["epochs"] for r in rows} == {1} and all(r["kl_bpd"] > 0 for r in rows)
     report = (smoke[0] / "bonus" / "report.md").read_text("utf-8")
     for r in rows:
         check_bound(r)
         assert f"| {r['neg_elbo_bpd']:.4f} ±" in report
+
+
+def test_bonus_compares_with_the_same_pixelcnn_without_a_code(smoke):
+    metrics = results(smoke[0], "bonus")
+    found, bound = metrics["no_code"], metrics["final"]["test"]["neg_elbo_bpd"]
+    check_bound(found)
+    assert found["kl_bpd"] == 0
+    assert found["above_bpd"] == pytest.approx(found["neg_elbo_bpd"] - bound, abs=1e-6)
+    kept = torch.load(smoke[0] / "bonus/progress/no_code.pt", weights_only=True)
+    assert kept["curves"]["epoch"][-1] == metrics["args"]["epochs"]
+    assert f"{found['above_bpd']:+.4f} ±" in (smoke[0] / "bonus" / "report.md").read_text("utf-8")
 
 
 # ------------------------------------------------------------------------------------- devices, precision, notebooks
@@ -394,14 +422,12 @@ def test_bf16_without_hardware_for_it_is_warned_of_and_auto_avoids_it(native, mo
     assert core.choose_precision("bf16", "mps") == "bf16" and "warning" in capsys.readouterr().out
 
 
-def test_offline_svhn_says_what_is_missing(tmp_path):
-    done = run(
-        "q2b.py", "--epochs", 1, "--out", tmp_path / "out", "--data-root", tmp_path / "data",
-        https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9",
-    )  # fmt: skip
-    last = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(last) == 1
-    assert all(word in last[0] for word in ("train_32x32.mat", "test_32x32.mat", "--data synthetic"))
+def test_offline_svhn_says_what_is_missing(tmp_path, offline, capsys):
+    with pytest.raises(SystemExit) as stop:
+        q2b.main(["--epochs", "1", "--out", str(tmp_path / "out"), "--data-root", str(tmp_path / "data")])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert all(word in message for word in ("train_32x32.mat", "test_32x32.mat", "--data synthetic"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -422,7 +448,9 @@ def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkey
 
 @pytest.mark.parametrize("given", [None, "0"])
 def test_before_torch_is_imported_it_is_told_to_fall_back_where_mps_lacks_an_operator(given):
-    watch = """import os, runpy, sys
+    watch = """import os, sys, types
+for name in ("matplotlib", "matplotlib.pyplot"):  # which core imports first, and slowly
+    sys.modules[name] = types.ModuleType(name)
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":

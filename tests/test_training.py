@@ -1,6 +1,8 @@
 """Training and evaluation: every example once, the best weights, looks spread over training, steps that are skipped."""
 
+import csv
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -25,14 +27,15 @@ def point_model():
 
 
 class Watched(VAE):
-    """A VAE in the plane that notes, of each training step, its batch, its noise and the KL's weight."""
+    """A VAE in the plane that notes, of each training step, its batch, its noise, the KL's weight, and what is done."""
 
     def __init__(self):
         mlps = (core.GaussianMLP((8,), nn.SiLU) for _ in range(2))
         super().__init__(*mlps, StandardNormal((2,)))
-        self.seen = []
+        self.seen, self.done = [], []
 
-    def loss(self, data, kl_weight=1.0):
+    def loss(self, data, kl_weight=1.0, done=0.0):
+        self.done.append(done)
         state = torch.get_rng_state()
         self.seen.append((data.clone(), torch.randn(3), kl_weight))
         torch.set_rng_state(state)
@@ -103,9 +106,7 @@ def test_of_train_as_many_examples_are_reported_as_validation_has():
 
 def test_fit_learns_reports_weight_one_and_keeps_the_best_look_on_validation():
     model, splits = point_model(), point_splits()
-    curves = train(
-        model, splits, epochs=6, kl_weight=lambda done: done
-    )  # the KL's weight is under 1 throughout training
+    curves = train(model, splits, epochs=6, kl_warmup=1.0)  # the KL's weight is under 1 throughout training
     valid = curves["valid"]["neg_elbo_bpd"]
     assert valid[-1] < valid[0] - 0.1
     best = int(np.argmin(valid))
@@ -210,18 +211,39 @@ def test_2b_is_2a_but_for_its_prior():
 
 
 def test_kl_weight_ramps_up_and_stays_at_one():
-    """As 1B asks for; without such a request it is 1 throughout."""
-    for changes, expected in (({"kl_weight": lambda done: min(1.0, done / 0.2)}, [0, 0.5, 1, 1, 1]), ({}, [1] * 5)):
+    """As 1B and --kl-warmup ask for; without such a request it is 1 throughout."""
+    for changes, expected in (({"kl_warmup": 0.2}, [0, 0.5, 1, 1, 1]), ({"kl_warmup": 0.0}, [1] * 5), ({}, [1] * 5)):
         model = Watched()
         train(model, point_splits(), epochs=2, batch_size=10, **changes)  # 20 steps
         weights = [weight for _, _, weight in model.seen]
         assert [weights[k] for k in (0, 2, 4, 18, 19)] == pytest.approx(expected)
+        assert model.done == pytest.approx([k / 20 for k in range(20)])
     x, model = torch.randn(5, 2), point_model()
     loss = [0.0, 0.0, 0.0]
     for k, weight in enumerate((0.0, 0.5, 1.0)):
         torch.manual_seed(0)
         loss[k] = model.loss(x, weight).item()
     assert loss[1] == pytest.approx((loss[0] + loss[2]) / 2) and loss[0] != pytest.approx(loss[2])
+
+
+def test_a_warm_up_of_the_kl_changes_the_training_loss_and_no_reported_bound():
+    """At a learning rate of 0, so that the weights are the same: only the KL's weight differs."""
+
+    class Noting(Watched):
+        def loss(self, data, kl_weight=1.0, done=0.0):
+            loss = super().loss(data, kl_weight)
+            self.losses = [*getattr(self, "losses", []), loss.item()]
+            return loss
+
+    losses, curves = {}, {}
+    for warmup in (None, 0.5):
+        torch.manual_seed(0)
+        model = Noting()
+        curves[warmup] = train(model, point_splits(), epochs=2, batch_size=10, lr=0.0, kl_warmup=warmup)  # 20 steps
+        losses[warmup] = np.array(model.losses)
+    assert all(curves[None][split] == curves[0.5][split] for split in core.SPLITS)
+    differ = losses[None] != losses[0.5]
+    assert differ[:10].all() and not differ[10:].any()
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
@@ -380,6 +402,88 @@ def test_checkpoints_come_after_every_epoch_and_every_minute(tmp_path, monkeypat
     monkeypatch.setattr(core.time, "monotonic", lambda: next(clock))
     train(point_model(), point_splits(), epochs=3, path=tmp_path / "x.pt")
     assert set(steps) > {0, 5, 10, 15} and core.KEEP_SECONDS <= 60
+
+
+# ------------------------------------------------------------------------------------------------- curves as a table
+
+
+def table_of(path):
+    """A table of curves, by column."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {column: [float(row[column]) for row in rows] for column in rows[0]}
+
+
+def columns_of(curves):
+    """What the table of these curves has to hold."""
+    bounds = {f"{s}_{key}": curves[s][key] for s, key in itertools.product(core.SPLITS, core.CURVE_KEYS)}
+    return {"step": curves["step"], "epoch": curves["epoch"], **bounds}
+
+
+def test_the_table_of_curves_grows_by_a_row_at_each_look_and_can_be_followed(tmp_path, monkeypatch):
+    """As by `tail -f`, which keeps the file open that it found."""
+    table, look, followed, lines = tmp_path / "curves.csv", core.look, [], []
+
+    def noting(now, *args):
+        lines.append(len(table.read_text().splitlines()) if table.exists() else 0)
+        if lines[-1] and not followed:
+            followed.append(os.open(table, os.O_RDONLY))
+        look(now, *args)
+
+    monkeypatch.setattr(core, "look", noting)
+    curves = train(point_model(), point_splits(), path=tmp_path / "checkpoint.pt")  # 15 steps
+    looks = len(curves["step"])
+    assert looks > 10 and lines == [0, *range(2, looks + 1)]  # the first line is the head
+    assert os.read(followed[0], 10**6).decode() == table.read_text()
+    os.close(followed[0])
+    assert table_of(table) == columns_of(curves)  # every digit
+    table.write_text(table.read_text().replace(",", ",1", 1))
+    assert table_of(table) != columns_of(curves)  # control
+
+
+def test_a_side_trainings_table_has_its_name_and_an_earlier_runs_rows_are_not_kept(tmp_path):
+    table = tmp_path / "start_1_curves.csv"
+    table.write_text("step,epoch\n0,0.0\n")
+    curves = train(point_model(), point_splits(), path=tmp_path / "start_1.pt")
+    assert table_of(table) == columns_of(curves)
+    assert {path.name for path in tmp_path.iterdir()} == {"start_1.pt", table.name}
+    train(point_model(), point_splits())  # without a checkpoint there is no table
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_resumed_runs_table_has_every_row_once(tmp_path, monkeypatch):
+    """It goes on from a checkpoint that is earlier than the table's last row."""
+    path, step, steps = tmp_path / "checkpoint.pt", core.train_step, []
+
+    def interrupted(*args):
+        steps.append(0)
+        if len(steps) == 10:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(core, "train_step", interrupted)
+        train(point_model(), point_splits(), path=path)
+    kept = torch.load(path, weights_only=True)["progress"]["step"]
+    assert table_of(tmp_path / "curves.csv")["step"][-1] > kept == 5
+    curves = train(point_model(), point_splits(), path=path, resume=True)
+    assert table_of(tmp_path / "curves.csv") == columns_of(curves)
+    assert curves["step"] == sorted(core.steps_to_look(15))
+
+
+def test_a_full_disk_costs_rows_of_the_table_for_a_time_and_not_the_run(tmp_path, monkeypatch, capsys):
+    whole, tries = core.write_whole, []
+
+    def full_at_first(path, write):
+        tries.append(path.name)
+        if path.name == "curves.csv" and tries.count("curves.csv") < 4:
+            raise OSError(28, "No space left on device")
+        whole(path, write)
+
+    monkeypatch.setattr(core, "write_whole", full_at_first)
+    curves = train(point_model(), point_splits(), path=tmp_path / "checkpoint.pt")
+    assert capsys.readouterr().err.count("No space left on device") == 3
+    assert table_of(tmp_path / "curves.csv") == columns_of(curves)
 
 
 def test_precision_and_products(monkeypatch):
