@@ -504,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_images(args)
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
     model = to_device(make_model(args), args, trained)
-    prepare(out, args.resume)
+    prepare(out, args, len(splits["train"]))
 
     # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:

@@ -688,36 +688,44 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
         reason = getattr(error, "strerror", None) or error
         fail(f"--data {path}: not svhn, synthetic, a folder of images or a readable npz file ({reason}); {hint}")
-    return {key: x for key, x in arrays.items() if x.ndim > 2 or x.shape[-1:] == (3072,)}
+    return {key: x for key, x in arrays.items() if x.ndim > 2 or (x.ndim == 2 and x.shape[1] == 3072)}
 
 
 def read_folder(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The PNG and JPEG files below a folder, resized to 32 x 32: uint8 [N, 32, 32, 3] for each subfolder train, ..."""
+    """The PNG and JPEG files below a folder, resized to 32 x 32: uint8 [N, 32, 32, 3] for each subfolder train, ...
+
+    Also what was done to them, for the data's name.
+    """
     images: dict[str, list[np.ndarray]] = {}
-    sizes = set()
-    suffixes = (".png", ".jpg", ".jpeg")
-    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in suffixes)
+    sizes, modes = set(), set()
+    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     for file in progress_bar(files, desc=f"reading {path}"):
         top, *below = file.relative_to(path).parts
         try:
             with Image.open(file) as image:
                 sizes.add(image.size)
+                modes.add(image.mode)
                 x = np.asarray(image.convert("RGB").resize((32, 32)))
         except Exception as error:  # Pillow's are many
             fail(f"--data {path}: {file.name} is no readable image ({error}); remove it")
-        images.setdefault(split_of(top) if below else "", []).append(x)
-    w, h = max(sizes, default=(32, 32))
-    resized = [] if sizes <= {(32, 32)} else [f"resized from {w} x {h}{' and other sizes' * (len(sizes) > 1)}"]
-    return {name: np.stack(some) for name, some in images.items()}, [f"a folder of {len(files):,} images", *resized]
+        images.setdefault((split_of(top) if below else "") or "others", []).append(x)
+    done = [f"a folder of {len(files):,} images"]
+    if modes - {"RGB"}:
+        done.append("all made RGB")
+    if sizes - {(32, 32)}:
+        w, h = max(sizes)
+        done.append(f"resized from {w} x {h}{' and other sizes' * (len(sizes) > 1)}")
+    return {name: np.stack(some) for name, some in images.items()}, done
 
 
 def to_images(x: np.ndarray, where: str, done: list[str]) -> np.ndarray:
     """uint8 [N, 32, 32, 3] from 8-bit colour images of any size, channels anywhere; appends to `done` what it did."""
-    if x.ndim == 4 and x.shape[3] != 3 and 3 in x.shape[1:3]:  # [N, 3, H, W], or SVHN's [H, W, 3, N]
-        x = x.transpose(0, 2, 3, 1) if x.shape[1] == 3 else x.transpose(3, 0, 1, 2)
-        done.append("channels moved last")
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
+    channels = [axis for axis in (3, 1, 2) if x.ndim == 4 and x.shape[axis] == 3]  # SVHN's own files: [H, W, 3, N]
+    if x.dtype != np.uint8 or not channels:
         fail(f"{where} is {x.dtype} {list(x.shape)}, not uint8 [N, height, width, 3]; make it so: {recipe(x)}")
+    if channels[0] != 3:
+        x = x.transpose((0, 2, 3, 1) if channels[0] == 1 else (3, 0, 1, 2))
+        done.append("channels moved last")
     if x.shape[1:3] != (32, 32):
         done.append(f"resized from {x.shape[2]} x {x.shape[1]}")
         bar = progress_bar(x, desc="resizing", delay=2)
@@ -734,9 +742,11 @@ def recipe(x: np.ndarray) -> str:
         steps.append("x = np.repeat(x[..., None], 3, axis=3)")
     elif x.ndim == 4 and 1 in (x.shape[1], x.shape[3]):
         steps.append(f"x = np.repeat(x, 3, axis={1 if x.shape[1] == 1 else 3})")
-    elif x.ndim == 4 and x.shape[3] == 4:
-        steps.append("x = x[..., :3]")
-    if x.dtype != np.uint8 and x.size and np.issubdtype(x.dtype, np.number):
+    elif x.ndim == 4 and 4 in (x.shape[1], x.shape[3]):
+        steps.append("x = x[..., :3]" if x.shape[3] == 4 else "x = x[:, :3]")
+    if x.dtype == bool:
+        steps.append("x = 255 * x.astype(np.uint8)")
+    elif x.dtype != np.uint8 and x.size and np.issubdtype(x.dtype, np.number):
         low, high = float(x.min()), float(x.max())
         scaled = "x" if low < -1 or high > 1 else "255 * x" if low >= 0 else "127.5 * (x + 1)"
         steps.append(f"x = np.clip(np.round({scaled}), 0, 255).astype(np.uint8)")
@@ -1391,9 +1401,11 @@ def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
         print(f"warning: {what} is missing: {failed[what]}", file=sys.stderr, flush=True)
 
 
-def prepare(out: Path, resume: bool = False) -> None:
-    """In the first second, make sure of what a run needs at its end: a folder of its own, and figures."""
-    claim(out, resume)
+def prepare(out: Path, args: argparse.Namespace, examples: int) -> None:
+    """In the first second, make sure of what a run needs later: whole batches, a folder of its own, and figures."""
+    if not getattr(args, "evaluate", None):
+        whole_batches(examples, args.batch_size)
+    claim(out, args.resume)
     trial = out / ".trial.png"
     with attempt("a trial figure", {}):
         save_figure(plt.figure(), trial)
@@ -1539,7 +1551,8 @@ def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float
             ax.plot(steps[late], np.array(curves[split][key])[late], label=split, marker=".", **style)
         drawn = floors if floors and ax is axes[0] else {}
         for k, (label, (low, high)) in enumerate(drawn.items()):
-            ax.axhspan(low, high, color=("k", "0.6")[k], lw=1.2, ls=":", label=label)
+            ax.axhspan(low, high, color=("k", "0.6")[k], lw=0, alpha=0.5)
+            ax.axhline(low, color=("k", "0.6")[k], lw=1.2, ls=":", label=label)
         values = np.array([curves[split][key] for split in SPLITS])
         low, high = min([values.min(), *(low for low, _ in drawn.values())]), np.quantile(values, 0.8)
         margin = 0.06 * (high - low) + 1e-3

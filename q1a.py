@@ -322,10 +322,10 @@ def measure(model: VAE, data_name: str, decoder_name: str, test: Tensor) -> dict
 def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """All of 1A with one seed: trains, writes checkpoint, metrics and figures; returns metrics and what failed."""
     described, tests, curves, final, models = {}, {}, {}, {}, {}
-    prepare(out, args.resume)
-    for data_name in TURN:
-        points = make_points(data_name)
-        data = split_points(data_name, points[:5000] if args.smoke else points)
+    points = {name: make_points(name)[: 5000 if args.smoke else None] for name in TURN}
+    sets = {name: split_points(name, some) for name, some in points.items()}
+    prepare(out, args, min(len(data.splits["train"]) for data in sets.values()))
+    for data_name, data in sets.items():
         splits = {k: x.to(args.device) for k, x in data.splits.items()}
         described[data_name], tests[data_name] = data.describe(), data.splits["test"]
         for decoder_name, num_log_stds in DECODERS.items():

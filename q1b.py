@@ -370,9 +370,9 @@ def plot_both_curves(curves: dict[str, Any], final: dict[str, Any], path: Path) 
 
 def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """All of 1B with one seed: trains, writes checkpoint, metrics and figures; returns metrics and failures."""
-    prepare(out, args.resume)
     points, labels = make_points()
     data = split_points("three clusters", points[:5000] if args.smoke else points)
+    prepare(out, args, len(data.splits["train"]))
     splits = {k: x.to(args.device) for k, x in data.splits.items()}
     floors = {k: -true_log_prob(splits[k]) for k in ("train", "test")}
     curves, latents, models = {}, {}, {}

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, StandardNormal), args, trained)
-    prepare(out, args.resume)
+    prepare(out, args, len(splits["train"]))
 
     # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:

@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
-    prepare(out, args.resume)
+    prepare(out, args, len(splits["train"]))
     if trained:
         model_a, reason = None, "Not compared with 2a, as nothing was trained."
     else:

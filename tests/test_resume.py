@@ -4,6 +4,7 @@ python -m pytest tests/test_resume.py                  20 kills in all
 KILLS=100 python -m pytest tests/test_resume.py        the long version
 """
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -325,11 +326,12 @@ def test_without_torchvision_other_data_than_svhn_need_nothing_of_it(tmp_path):
 
 
 def test_a_machine_that_cannot_draw_says_so_before_training(tmp_path, monkeypatch, capsys):
+    args = argparse.Namespace(batch_size=1, resume=False)
     monkeypatch.setattr(core.plt, "figure", lambda: 1 / 0)
-    core.prepare(tmp_path)
+    core.prepare(tmp_path, args, examples=1)
     assert capsys.readouterr().err.startswith("warning: a trial figure is missing: ZeroDivisionError")
     monkeypatch.undo()
-    core.prepare(tmp_path)
+    core.prepare(tmp_path, args, examples=1)
     assert capsys.readouterr().err == "" and not list(tmp_path.iterdir())
 
 
