@@ -42,9 +42,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tqdm.auto
+import tqdm.std
 from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 if "ipykernel" not in sys.modules:
     matplotlib.rcdefaults()  # a user's matplotlibrc may ask for what is not there, such as LaTeX
@@ -1263,16 +1264,27 @@ def write_curves(path: Path, curves: dict[str, Any]) -> None:
         write_whole(table, lambda file: file.write((head + "".join(rows)).encode()))
 
 
+class Lines(tqdm.std.tqdm):
+    """tqdm for a log: a line per minute in place of a bar that moves."""
+
+    def display(self, *args: Any, **options: Any) -> None:
+        seconds = self.format_dict["elapsed"]
+        print(f"{self.desc}: {self.n:,} of {self.total:,} after {self.format_interval(seconds)}", flush=True)
+
+    def clear(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        self.disable = True
+
+
 def progress_bar(*args: Any, **options: Any) -> Any:
     """tqdm's bar in a notebook and on a terminal, in a log a line per minute; one for all processes."""
     if rank_and_world()[0]:
-        return tqdm(*args, disable=True, **options)
+        return tqdm.auto.tqdm(*args, disable=True, **options)
     if in_kernel() or sys.stderr.isatty():
-        return tqdm(*args, leave=False, **options)
-    line = {"file": sys.stdout, "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}\n"}
-    bar: Any = tqdm(*args, **{**options, **line, "delay": 60, "mininterval": 60, "miniters": 1})
-    bar.clear = lambda *args: None  # a log's lines stay
-    return bar
+        return tqdm.auto.tqdm(*args, leave=False, **options)
+    return Lines(*args, **{**options, "delay": 60, "mininterval": 60, "miniters": 1})
 
 
 # Several processes: torchrun starts the same program, with the same random numbers. In training each process takes
