@@ -21,11 +21,11 @@ from core import (  # before torch, whose import reads what core has set
     CODECS, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d,
     StandardNormal, at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_text,
     check_above, check_prior, codec_bits_per_dim, codecs_text, describe_run, error_of_one_draw, evaluate,
-    evaluate_splits, evenly_spaced, fit, fixed_noise, float64_copy, floor_text, in_bits, kl_per_position, launch,
-    load_images, load_trained, noise, number, parse_args, pasted_into_cell, plot_curves, plot_images, posteriors,
-    prepare, prior_check_text, quantise, rank_and_world, save_figure, settings, skipped_text, standard_error,
-    straight_lines, sum_dims, sum_over_processes, synthetic_floor, to_device, to_float64, training_text,
-    wavefront_slope, wavefronts, write_images, write_metrics, write_report,
+    evaluate_splits, evenly_spaced, fit, fixed_noise, float64_copy, floor_text, gives_folders_back, in_bits,
+    kl_per_position, launch, load_images, load_trained, noise, number, parse_args, pasted_into_cell, plot_curves,
+    plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world, save_figure, settings,
+    skipped_text, standard_error, straight_lines, sum_dims, sum_over_processes, synthetic_floor, to_device,
+    to_float64, training_text, wavefront_slope, wavefronts, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -487,6 +487,7 @@ def draw_figures(
             write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
 
 
+@gives_folders_back
 def main(argv: list[str] | None = None) -> None:
     parser = ImageParser("bonus", least_latents=0)
     add = parser.add_argument

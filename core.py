@@ -1257,11 +1257,14 @@ def write_curves(path: Path, curves: dict[str, Any]) -> None:
     values = [curves[split][key] for split, key in itertools.product(SPLITS, CURVE_KEYS)]
     rows = [",".join(map(str, row)) + "\n" for row in zip(curves["step"], curves["epoch"], *values, strict=True)]
     head = ",".join(["step", "epoch", *columns]) + "\n"
-    if table.exists() and table.read_text() == head + "".join(rows[:-1]):
-        with open(table, "a") as file:
-            file.write(rows[-1])
-    else:  # of an earlier run, or of one that went on from an earlier checkpoint
-        write_whole(table, lambda file: file.write((head + "".join(rows)).encode()))
+    try:
+        if table.exists() and table.read_text() == head + "".join(rows[:-1]):
+            with open(table, "a") as file:
+                file.write(rows[-1])
+        else:  # of an earlier run, or of one that went on from an earlier checkpoint
+            write_whole(table, lambda file: file.write((head + "".join(rows)).encode()))
+    except OSError as error:  # a full disk
+        print(f"warning: no new row in {table} ({error.strerror}); the run goes on", file=sys.stderr)
 
 
 class Lines(tqdm.std.tqdm):
@@ -1436,6 +1439,9 @@ def claim(out: Path, resume: bool) -> None:
         return
     lock(make_folder(out))
     if not resume and any((out / name).exists() for name in ("metrics.json", "checkpoint.pt", "progress")):
+        if (out / "evaluate").exists():  # another process may be writing there
+            lock(out / "evaluate")
+            unlock(out / "evaluate")
         numbered = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
         earlier = next(path for path in numbered if not path.exists())
         out.rename(earlier)
@@ -1444,7 +1450,7 @@ def claim(out: Path, resume: bool) -> None:
 
 
 def lock(folder: Path) -> None:
-    """A lock on the folder until `unlock` or the end of this process; nothing where there are none, as on Windows."""
+    """A lock on the folder until main or this process ends; nothing where there are no locks, as on Windows."""
     unlock(folder)  # of an earlier run in this process, a notebook
     if os.name != "posix":
         return
@@ -1463,6 +1469,19 @@ def unlock(folder: Path) -> None:
     """The end of this process's `lock`, if it has one."""
     if folder in LOCKED:
         os.close(LOCKED.pop(folder))
+
+
+def gives_folders_back(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
+    """main, after which nothing is locked, whatever ended it: a notebook's process goes on."""
+
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        finally:
+            for folder in list(LOCKED):
+                unlock(folder)
+
+    return run
 
 
 def make_folder(path: Path) -> Path:
@@ -1507,7 +1526,6 @@ def write_report(out: Path, report: str, failed: dict[str, str]) -> None:
     missing = "".join(f"**Missing: {what}.** {reason}\n\n" for what, reason in failed.items())
     title, rest = report.split("\n\n", 1)
     write_whole(out / "report.md", lambda file: file.write(f"{title}\n\n{missing}{rest}".encode()))
-    unlock(out)
     print(f"wrote {out / 'report.md'}, its figures and metrics.json")
     if failed:
         fail(f"missing: {', '.join(failed)}; once mended, the same command with --resume adds it without training", 1)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    GaussianMLP, Parser, StandardNormal, VAE, attempt, bits_per_dim, check_above, describe_run, draw_curves,
-    evaluate, evaluate_points, fit, fixed_noise, in_bits, iwae, launch, normal_log_prob, number, one_thread,
-    parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table, settings, skipped_text,
-    split_points, standard_error, sum_dims, write_metrics, write_report,
+    VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run, draw_curves,
+    evaluate, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, normal_log_prob,
+    number, one_thread, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table,
+    settings, skipped_text, split_points, standard_error, sum_dims, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -358,6 +358,7 @@ def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, 
     return metrics, failed
 
 
+@gives_folders_back
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("q1a")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on")

@@ -17,9 +17,9 @@ from typing import Any
 from core import (  # before torch, whose import reads what core has set
     CODECS, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bounds_text, check_above,
     check_prior, codec_bits_per_dim, codecs_text, describe_run, error_of_one_draw, evaluate_splits, evenly_spaced,
-    fit, fixed_noise, floor_text, in_bits, launch, load_images, load_trained, parse_args, pasted_into_cell,
-    plot_curves, plot_images, prepare, prior_check_text, quantise, settings, skipped_text, straight_lines,
-    synthetic_floor, to_device, training_text, write_images, write_metrics, write_report,
+    fit, fixed_noise, floor_text, gives_folders_back, in_bits, launch, load_images, load_trained, parse_args,
+    pasted_into_cell, plot_curves, plot_images, prepare, prior_check_text, quantise, settings, skipped_text,
+    straight_lines, synthetic_floor, to_device, training_text, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import torch
@@ -86,6 +86,7 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
             write_images(quantise(x), out / "samples", first)
 
 
+@gives_folders_back
 def main(argv: list[str] | None = None) -> None:
     args, out = parse_args(ImageParser("q2a"), argv, DEFAULTS, SMOKE)
     trained = load_trained(args, "q2a", ("latents",)) if args.evaluate else None

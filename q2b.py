@@ -24,11 +24,11 @@ from typing import Any
 from core import (  # before torch, whose import reads what core has set
     CODECS, FlowPrior, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bits_per_dim,
     bounds_text, check_above, check_prior, claim, codec_bits_per_dim, codecs_text, describe_run, differences,
-    error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, floor_text, in_bits,
-    kl_per_position, launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images,
-    posteriors, prepare, prior_check_text, quantise, read_checkpoint, save_figure, settings, skipped_text,
-    standard_error, straight_lines, synthetic_floor, to_device, training_text, unlock, what_must_match, write_images,
-    write_metrics, write_report,
+    error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, floor_text,
+    gives_folders_back, in_bits, kl_per_position, launch, load_images, load_trained, parse_args, pasted_into_cell,
+    plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, read_checkpoint, save_figure,
+    settings, skipped_text, standard_error, straight_lines, synthetic_floor, to_device, training_text,
+    what_must_match, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -42,38 +42,44 @@ SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 # -------------------------------------------------------------------------------- what the prior changes: experiments
 
 
-def model_of_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> tuple[ImageVAE | None, str]:
-    """2a's model, or None and the reason why there is none.
+def find_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> tuple[ImageVAE, str]:
+    """2a's model, not trained yet, and why 2a cannot be compared with: "" if it can.
 
-    It was trained with these arguments on these data: found in `path` or, with --compare, trained here.
+    It can if `path` holds a finished training with these arguments on these data; with --compare, if it holds one to
+    go on with, or none. With --compare, a folder that another run writes into, or another training's, is refused.
     """
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, StandardNormal), args)
-    run = {"script": "q2a", "args": settings(args, but=("compare",))}
-    if path.exists():
-        saved = read_checkpoint(path, ("args", "must_match", "finished", "state"), "q2a")
-        theirs, ours = ({"--epochs": epochs} for epochs in (saved["args"]["epochs"], args.epochs))
-        differing = differences(saved["must_match"] | theirs, what_must_match(run, model, splits) | ours)
-        if differing and args.compare:
-            fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
-        if differing:
-            return None, f"{path} is of a run with another {', '.join(differing)}: not compared."
-    elif not args.compare:
-        return None, f"There is no checkpoint of 2a in {path.parent}."
     if args.compare:
         claim(path.parent, resume=True)
+    if not path.exists():
+        return model, "" if args.compare else f"There is no checkpoint of 2a in {path.parent}."
+    saved = read_checkpoint(path, ("args", "must_match", "finished"), "q2a")
+    theirs, ours = ({"--epochs": epochs} for epochs in (saved["args"]["epochs"], args.epochs))
+    run = {"args": settings(args, but=("compare",))}
+    differing = differences(saved["must_match"] | theirs, what_must_match(run, model, splits) | ours)
+    if differing and args.compare:
+        fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
+    if differing:
+        return model, f"{path} is of a run with another {', '.join(differing)}: not compared."
+    if not saved["finished"] and not args.compare:
+        return model, f"{path} is of a training that was not finished: not compared."
+    return model, ""
+
+
+def train_2a(model: ImageVAE, args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> None:
+    """2a with these arguments: with --compare trained here, or to its end, without from its checkpoint in `path`."""
+    if args.compare:
         print("2a, the same with the prior N(0, I):")
         fit(
             model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
             muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
-            precision=args.precision, path=path, resume=True, run=run, name="2a",
+            precision=args.precision, path=path, resume=True, name="2a",
+            run={"script": "q2a", "args": settings(args, but=("compare",))},
         )  # fmt: skip
-        unlock(path.parent)
-    elif not saved["finished"]:
-        return None, f"{path} is of a training that was not finished: not compared."
     else:
-        model.load_state_dict(saved["state"])
-    return model.eval(), ""
+        model.load_state_dict(read_checkpoint(path, ("state",), "q2a")["state"])
+    model.eval()
 
 
 def fit_flow_to_frozen_2a(
@@ -287,22 +293,26 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
             write_images(quantise(x), out / "samples", first)
 
 
+@gives_folders_back
 def main(argv: list[str] | None = None) -> None:
     parser = ImageParser("q2b")
     parser.add_argument("--compare", action="store_true", help="train 2a with the same arguments first")
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
     trained = load_trained(args, "q2b", ("latents",)) if args.evaluate else None
 
-    # 1. Data and models. 2a's comes first: a comparison that cannot be made is refused before 2b is trained.
+    # 1. Data and models. A comparison that cannot be made is refused before anything is trained.
     data = load_images(args)
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
-    prepare(out, args, len(splits["train"]))
+    path_2a = out.with_name("q2a") / "checkpoint.pt"
     if trained:
         model_a, reason = None, "Not compared with 2a, as nothing was trained."
     else:
-        model_a, reason = model_of_2a(args, splits, out.with_name("q2a") / "checkpoint.pt")
+        model_a, reason = find_2a(args, splits, path_2a)
+    prepare(out, args, len(splits["train"]))
+    if model_a and not reason:
+        train_2a(model_a, args, splits, path_2a)
 
     # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:
@@ -345,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 5. The experiments: 2a, 2a with a flow fitted to its codes, and 2b.
     comparison = f"{reason} `python q2b.py --compare` trains 2a with the same arguments first."
-    if model_a:
+    if model_a and not reason:
         comparison = "The comparison with 2a failed."
         with attempt("the comparison with 2a", failed):
             epochs = -(-args.epochs // 3)

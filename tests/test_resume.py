@@ -45,6 +45,7 @@ def run_script(script, out, more, keep_seconds, log, draw):
     and metrics, which are compared, depend on none of them.
     """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     core.KEEP_SECONDS = keep_seconds
     module = importlib.import_module(script)
     if not draw:
@@ -435,9 +436,12 @@ def drawing_of_synthetic_images(folder):
 def assert_obeyed(work, number, within=2.0):
     """A signal that comes 0.3 s after work began ends it. Seconds of this thread: other programs may be running."""
     timer, begin = threading.Timer(0.3, os.kill, (os.getpid(), number)), time.thread_time()
-    with pytest.raises(SystemExit) as stop:
-        timer.start()
-        core.launch(work)
+    timer.start()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            core.launch(work)
+    finally:
+        timer.cancel()
     assert stop.value.code == 128 + number and time.thread_time() - begin < 0.3 + within
 
 
