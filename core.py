@@ -1736,7 +1736,8 @@ def training_text(metrics: dict[str, Any]) -> str:
     """A report's lines on the data, the model and its training."""
     args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
     sizes = f"{data['train']:,} training, {data['valid']:,} validation and {data['test']:,} test images"
-    trained = f"trained for {curves['epoch'][-1]:g} epochs in {curves['seconds']:,.0f} s"
+    epochs = f"{curves['epoch'][-1]:g} epoch{'s' * (curves['epoch'][-1] != 1)}"
+    trained = f"trained for {epochs} in {curves['seconds']:,.0f} s"
     where = f"on {metrics['env']['device']}, {args['precision']} training steps"
     if args["evaluate"]:
         where = (

@@ -28,7 +28,7 @@ import core
 import q2a
 from conftest import ROOT, results, run
 
-KILLS = int(os.environ.get("KILLS", 20))
+KILLS = int(os.environ.get("KILLS", 10))
 SIZES = {  # epochs, and arguments that keep a run short; the longest first, for the pool
     "bonus": (2, ["--limit", "40", "--table-epochs", "1", "--batch-size", "20", "--receptive-field", "1"]),
     "q2b": (2, ["--limit", "40", "--compare"]), "q1b": (2, ["--batch-size", "600"]), "q2a": (2, ["--limit", "40"]),
