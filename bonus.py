@@ -20,11 +20,11 @@ from typing import Any
 from core import (  # before torch, whose import reads what core has set
     CODECS, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d,
     StandardNormal, at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_text,
-    check_above, check_prior, codec_bits_per_dim, codecs_text, describe_run, error_of_one_draw, evaluate,
-    evaluate_splits, evenly_spaced, fit, fixed_noise, float64_copy, floor_text, gives_folders_back, in_bits,
-    kl_per_position, launch, load_images, load_trained, noise, number, parse_args, pasted_into_cell, plot_curves,
-    plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world, save_figure, settings,
-    skipped_text, standard_error, straight_lines, sum_dims, sum_over_processes, synthetic_floor, to_device,
+    check_above, check_prior, codec_bits_per_dim, codecs_text, curves_text, describe_run, error_of_one_draw,
+    evaluate, evaluate_splits, evenly_spaced, fit, fixed_noise, float64_copy, floor_text, gives_folders_back,
+    in_bits, kl_per_position, launch, load_images, load_trained, noise, number, parse_args, pasted_into_cell,
+    plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world, save_figure,
+    settings, standard_error, straight_lines, sum_dims, sum_over_processes, synthetic_floor, to_device,
     to_float64, training_text, wavefront_slope, wavefronts, write_images, write_metrics, write_report,
 )  # fmt: skip
 
@@ -400,7 +400,7 @@ one seed each, whose spread is not in the error)."""
 
 def report(metrics: dict[str, Any], code: str, table: str) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    args, curves = metrics["args"], metrics["curves"]
+    args = metrics["args"]
     neighbours = "## Ten samples and the training images nearest to them\n\n![neighbours](neighbours.png)\n\n"
     neighbours = neighbours if metrics["data"]["train"] else ""
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
@@ -416,8 +416,7 @@ Receptive field {args["receptive_field"]}, {args["prior"]} prior.
 
 ![curves](curves.png)
 
-The same during training, on fewer images of each split. The weights kept are those of epoch
-{curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
+{curves_text(metrics)}
 
 {prior_check_text(metrics.get("check_prior_nats"))}
 {floor_text(metrics.get("floor"), colours_apart=False)}
@@ -535,9 +534,8 @@ def main(argv: list[str] | None = None) -> None:
             check_above(floor["excess_bpd"], floor["excess_se_bpd"])
     test, bound = splits["test"], metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(
-            curves, f"bonus, {data.name}\ntest −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor")
-        )
+        name = "the training of the checkpoint" if trained else f"bonus, {data.name}\ntest −ELBO {bound:.3f} bits/dim"
+        plot_curves(curves, name, out / "curves.png", None if trained else metrics.get("floor"))
     draw_figures(model, data.name, splits, args, out, failed)
     with attempt("the error of one draw", failed):
         metrics["test_draw_se_bpd"] = error_of_one_draw(model, splits["test"], terms["test"].neg_elbo)

@@ -1725,6 +1725,16 @@ the code's price, what it misses, and training that could go on.
 """
 
 
+def curves_text(metrics: dict[str, Any]) -> str:
+    """A report's lines below the curves: what they are of, and which weights were kept."""
+    curves = metrics["curves"]
+    what = "The same during training, on fewer images of each split."
+    if metrics["args"]["evaluate"]:
+        what = "The curves of the training that made the checkpoint, on its own data."
+    best = f"The weights kept are those of epoch {curves['best_epoch']:g}, the best on validation."
+    return f"{what} {best}\n{skipped_text(curves['skipped_steps'])}"
+
+
 def skipped_text(skipped: int) -> str:
     """A report's sentence on the training steps without a finite gradient."""
     if not skipped:

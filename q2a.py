@@ -16,9 +16,9 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     CODECS, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bounds_text, check_above,
-    check_prior, codec_bits_per_dim, codecs_text, describe_run, error_of_one_draw, evaluate_splits, evenly_spaced,
-    fit, fixed_noise, floor_text, gives_folders_back, in_bits, launch, load_images, load_trained, parse_args,
-    pasted_into_cell, plot_curves, plot_images, prepare, prior_check_text, quantise, settings, skipped_text,
+    check_prior, codec_bits_per_dim, codecs_text, curves_text, describe_run, error_of_one_draw, evaluate_splits,
+    evenly_spaced, fit, fixed_noise, floor_text, gives_folders_back, in_bits, launch, load_images, load_trained,
+    parse_args, pasted_into_cell, plot_curves, plot_images, prepare, prior_check_text, quantise, settings,
     straight_lines, synthetic_floor, to_device, training_text, write_images, write_metrics, write_report,
 )  # fmt: skip
 
@@ -31,7 +31,6 @@ SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
 def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    curves = metrics["curves"]
     return f"""# 2a: a convolutional VAE with a standard normal prior
 
 {training_text(metrics)}
@@ -44,8 +43,7 @@ def report(metrics: dict[str, Any]) -> str:
 
 ![curves](curves.png)
 
-The same during training, on fewer images of each split. The weights kept are those of epoch
-{curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
+{curves_text(metrics)}
 
 {prior_check_text(metrics.get("check_prior_nats"))}
 {floor_text(metrics.get("floor"), colours_apart=True)}
@@ -126,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             check_above(floor["excess_bpd"], floor["excess_se_bpd"])
     title, bound = f"2a: standard normal prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(curves, f"{title}\ntest −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
+        name = "the training of the checkpoint" if trained else f"{title}\ntest −ELBO {bound:.3f} bits/dim"
+        plot_curves(curves, name, out / "curves.png", None if trained else metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, splits["test"], title, out, args.samples, failed)
     with attempt("the error of one draw", failed):

@@ -23,12 +23,12 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     CODECS, FlowPrior, ImageParser, ImageVAE, StandardNormal, attempt, between_ends, bin_centres, bits_per_dim,
-    bounds_text, check_above, check_prior, claim, codec_bits_per_dim, codecs_text, describe_run, differences,
-    error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, floor_text,
+    bounds_text, check_above, check_prior, claim, codec_bits_per_dim, codecs_text, curves_text, describe_run,
+    differences, error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, floor_text,
     gives_folders_back, in_bits, kl_per_position, launch, load_images, load_trained, parse_args, pasted_into_cell,
     plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, read_checkpoint, save_figure,
-    settings, skipped_text, standard_error, straight_lines, synthetic_floor, to_device, training_text,
-    what_must_match, write_images, write_metrics, write_report,
+    settings, standard_error, straight_lines, synthetic_floor, to_device, training_text, what_must_match,
+    write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -225,7 +225,6 @@ neighbours.
 
 def report(metrics: dict[str, Any], comparison: str) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    curves = metrics["curves"]
     return f"""# 2b: the same VAE with an autoregressive flow prior
 
 {training_text(metrics)}
@@ -238,8 +237,7 @@ def report(metrics: dict[str, Any], comparison: str) -> str:
 
 ![curves](curves.png)
 
-The same during training, on fewer images of each split. The weights kept are those of epoch
-{curves["best_epoch"]:g}, the best on validation. {skipped_text(curves["skipped_steps"])}
+{curves_text(metrics)}
 
 {prior_check_text(metrics.get("check_prior_nats"))}
 {floor_text(metrics.get("floor"), colours_apart=True)}
@@ -343,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     test = splits["test"]
     title, bound = f"2b: flow prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
     with attempt("curves.png", failed):
-        plot_curves(curves, f"{title}\ntest −ELBO {bound:.3f} bits/dim", out / "curves.png", metrics.get("floor"))
+        name = "the training of the checkpoint" if trained else f"{title}\ntest −ELBO {bound:.3f} bits/dim"
+        plot_curves(curves, name, out / "curves.png", None if trained else metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, test, title, out, args.samples, failed)
     with attempt("the error of one draw", failed):
@@ -367,8 +366,8 @@ def main(argv: list[str] | None = None) -> None:
         with attempt("samples_2a_2b.png", failed), torch.no_grad():
             of_a, of_b = (m.sample(100, fixed_noise("samples"))[0] for m in (model_a, model))
             panels = {"2a, N(0, I)": quantise(of_a), "2b, flow": quantise(of_b)}
-            name = out / "samples_2a_2b.png"
-            plot_images(panels, 10, "100 samples x ~ p(x|z), the same ε for both priors", name)
+            name = "100 samples x ~ p(x|z), the same ε for both priors"
+            plot_images(panels, 10, name, out / "samples_2a_2b.png")
 
     # 6. Report.
     write_metrics(out, args, metrics | {"failed": failed})
