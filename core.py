@@ -1445,6 +1445,8 @@ def claim(out: Path, resume: bool) -> None:
         numbered = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
         earlier = next(path for path in numbered if not path.exists())
         out.rename(earlier)
+        if out in LOCKED:  # the moved folder stays locked too, for a process that has opened it by its old name
+            LOCKED[earlier] = LOCKED.pop(out)
         print(f"earlier results in {out} are now in {earlier}; to go on with an earlier run: --resume")
         lock(make_folder(out))
 

@@ -18,14 +18,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = ("core", "bonus", "plane", "training", "data", "bad_input", "numbers", "resume")
+TESTS = ("core", "bonus", "plane", "training", "data", "bad_input", "numbers", "resume", "everywhere")
 OF_FILE = {"q2b.py": ("scripts",)}  # tests in place of TESTS
 OF_MISTAKE = {"wavefronts on the CPU": ("fake_gpu",), "taps on the CPU": ("fake_gpu",)}
 MUTANTS = [  # what goes wrong, file, right, wrong
     ("a live run is not seen", "core.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("earlier results written over", "core.py", "if not resume and any(", "if resume and any("),
     ("a KL weight that stays at half", "core.py", "min(1.0, done / kl_warmup)", "min(0.5, done / kl_warmup)"),
-    ("channels first taken for rows", "core.py", "x = x.transpose(0, 2, 3, 1) if x.shape[1] == 3", "x = x.reshape(len(x), *x.shape[2:], 3) if x.shape[1] == 3"),
+    ("channels first taken for rows", "core.py", "x = x.transpose((0, 2, 3, 1) if channels[0] == 1 else (3, 0, 1, 2))", "x = x.reshape(-1, *x.shape[2:], 3)"),
     ("sum over dimensions becomes a mean", "core.py", "x.flatten(1).sum(1)", "x.flatten(1).mean(1)"),
     ("log std not subtracted", "core.py", "** 2 - log_std - 0.5", "** 2 - 0.5"),
     ("log 2 pi counted twice", "core.py", "- 0.5 * math.log(2 * math.pi)", "- math.log(2 * math.pi)"),
@@ -105,8 +105,8 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("flow fitted to 2a itself", "q2b.py", "fitted = copy.deepcopy(a)", "fitted = a"),
     ("rest computed against 2a", "q2b.py", "paired(of_fitted.neg_elbo, of_b.neg_elbo)", "paired(of_a.neg_elbo, of_b.neg_elbo)"),
     ("prior alone computed on 2b", "q2b.py", "paired(of_a.kl, of_fitted.kl)", "paired(of_a.kl, of_b.kl)"),
-    ("2a of other arguments accepted", "q2b.py", "if differing and args.compare:", "differing = []\n        if differing and args.compare:"),
-    ("unfinished 2a accepted", "q2b.py", "elif not saved['finished']:", "elif False:"),
+    ("2a of other arguments accepted", "q2b.py", "if differing and args.compare:", "differing = []\n    if differing and args.compare:"),
+    ("unfinished 2a accepted", "q2b.py", "if not saved['finished'] and not args.compare:", "if False:"),
     ("verdict without errors", "q2b.py", 'abs(change["bpd"]) > 2 * change["se_bpd"]', "True"),
     ("correlation of a position with itself", "q2b.py", "(z[..., :-1], z[..., 1:])", "(z[..., :-1], z[..., :-1])"),
     ("failures after training swallowed", "core.py", "if failed: fail(", "if False:\n        fail("),
