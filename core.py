@@ -749,7 +749,9 @@ def recipe(x: np.ndarray) -> str:
         steps.append("x = 255 * x.astype(np.uint8)")
     elif x.dtype != np.uint8 and x.size and np.issubdtype(x.dtype, np.number):
         low, high = float(x.min()), float(x.max())
-        scaled = "x" if low < -1 or high > 1 else "255 * x" if low >= 0 else "127.5 * (x + 1)"
+        scaled = "255 * (x - x.min()) / (x.max() - x.min())"  # such as 16-bit levels, or normalised floats
+        if low >= -1 and high <= 255:
+            scaled = "x" if high > 1 else "255 * x" if low >= 0 else "127.5 * (x + 1)"
         steps.append(f"x = np.clip(np.round({scaled}), 0, 255).astype(np.uint8)")
     return "; ".join([*steps, "np.savez('images.npz', images=x)"])
 
