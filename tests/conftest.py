@@ -8,6 +8,7 @@ import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -58,23 +59,41 @@ def nowhere(folder):
     return {"MATPLOTLIBRC": str(folder / "matplotlibrc"), "MPLBACKEND": backend, "PYTHONIOENCODING": "ascii"}
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """Of one --smoke run of every script, by the README's command: the folder of results, and what was printed.
+def pytest_collection_modifyitems(items):
+    """Tests that wait for what is made in the background come last: those of smoke runs, then those marked `last`."""
+    items.sort(key=lambda item: 2 if item.get_closest_marker("last") else int("smoke" in item.fixturenames))
 
-    In an environment that asks for what is not there (`nowhere`). Tests read it and do not write into it.
+
+@pytest.fixture(scope="session", autouse=True)
+def smoke_runs(request, tmp_path_factory):
+    """{script: its --smoke run, by the README's command}, made one after the other beside the tests without them.
+
+    In an environment that asks for what is not there (`nowhere`). The runs' processes are stopped if the tests are.
     """
-    out = tmp_path_factory.mktemp("Größe")
-    environment = nowhere(tmp_path_factory.mktemp("settings")) | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | nowhere(tmp_path_factory.mktemp("settings")) | {"OMP_NUM_THREADS": "1"}
+    out, running = tmp_path_factory.mktemp("Größe"), []
 
-    def run_all(scripts):
-        return {s: run(f"{s}.py", "--smoke", "--device", "cpu", "--out", out, **environment) for s in scripts}
+    def smoke_run(script):
+        command = [sys.executable, f"{script}.py", "--smoke", "--device", "cpu", "--out", str(out)]
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True))
+        printed, errors = running[-1].communicate()
+        assert running[-1].returncode == 0, errors
+        return printed
 
-    with ThreadPoolExecutor(2) as pool:  # 2b compares itself with 2a, which has to be there first
-        first, second = pool.map(run_all, (("q2a", "q2b", "q1a"), ("bonus", "q1b")))
-    for done in (first | second).values():
-        assert done.returncode == 0, done.stderr
-    return out / "smoke", {script: done.stdout for script, done in (first | second).items()}
+    wanted = any("smoke" in item.fixturenames for item in request.session.items)
+    pool = ThreadPoolExecutor(1)
+    # 2b compares itself with 2a, which has to be there first.
+    yield out, {script: pool.submit(smoke_run, script) for script in ("q2a", "q2b", "q1a", "bonus", "q1b") if wanted}
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in running:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def smoke(smoke_runs):
+    """Of one --smoke run of every script: the folder of results, and what was printed. Tests do not write into it."""
+    out, runs = smoke_runs
+    return out / "smoke", {script: run.result() for script, run in runs.items()}
 
 
 @pytest.fixture
@@ -93,11 +112,18 @@ def offline(monkeypatch):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made but not written, which takes most of a small run's time."""
+def unsaved(monkeypatch):
+    """Figures are made but not written."""
     for module in (core, *map(importlib.import_module, SCRIPTS)):
         if hasattr(module, "save_figure"):
             monkeypatch.setattr(module, "save_figure", lambda fig, path: plt.close(fig))
+
+
+@pytest.fixture
+def undrawn(unsaved, monkeypatch):
+    """Nor is anything sampled for them, which takes most of a small run's time."""
+    for script in ("q2a", "q2b", "bonus"):
+        monkeypatch.setattr(importlib.import_module(script), "draw_figures", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -271,7 +271,6 @@ def test_runs_in_one_process_one_after_the_other_each_keep_their_results(tmp_pat
     """As in a notebook: an interrupted run, a whole one, one more, and one that goes on."""
     folder, step, steps = tmp_path / "smoke" / "q2a", core.train_step, []
     short = ["--limit", "20"]  # one step in an epoch
-    monkeypatch.setattr(q2a, "draw_figures", lambda *args: None)  # which take most of so small a run's time
     monkeypatch.setattr(q2a, "check_prior", lambda prior: 0.0)
 
     def interrupted(*args):

@@ -31,11 +31,10 @@ def run_two(path, *flags):
     "script, more",
     [("q2b", []), ("bonus", ["--limit", "32", "--free-bits", "0.05", "--table-epochs", "0", "--receptive-field", "1"])],
 )
-def test_two_processes_train_as_one(script, more, tmp_path, undrawn, monkeypatch):
+def test_two_processes_train_as_one(script, more, tmp_path, undrawn):
     """Of the bonus no samples are drawn, which takes most of the time; those of 2b are drawn by two processes too."""
     path, module = ROOT / f"{script}.py", importlib.import_module(script)
     if script == "bonus":
-        monkeypatch.setattr(module, "draw_figures", lambda *args: None)
         path = tmp_path / "undrawn.py"
         path.write_text(UNDRAWN)
     module.main([*FLAGS, *more, "--out", str(tmp_path / "one")])

@@ -1,52 +1,84 @@
-"""What the README says: its commands parse, its table is that of the published results, what it names exists."""
+"""What the README says: its commands run, its tables are those of the published results, what it names exists."""
 
 import importlib
 import re
 import shlex
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from conftest import ROOT, SCRIPTS
-from tools import readme_table
+import bonus
+import q1b
+import q2b
+from conftest import ROOT, SCRIPTS, results
+from tools import bench, codec, mutants, readme_table
 
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-class Parsed(Exception):
-    """Raised in place of a run."""
-
-
-def parse(script, flags, monkeypatch):
-    """The command line of the script's own main, which goes no further."""
-    module = importlib.import_module(script)
-    parse_args = module.parse_args
-
-    def only(*args):
-        parse_args(*args)
-        raise Parsed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "parse_args", only)
-        with pytest.raises(Parsed):
-            module.main(flags)
-
-
-def test_every_command_in_the_readme_parses(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"python (q\w+|bonus)\.py([^`\n#&|]*)", README)
-    commands += re.findall(r"torchrun [^`\n]*?(q\w+|bonus)\.py([^`\n#&|]*)", README)
-    commands += [
-        ("q2b", " ".join(re.findall(r'"([^"]+)"', call))) for call in re.findall(r"main\(\[([^]…]*)\]\)", README)
-    ]
-    for script in SCRIPTS:  # in the docstring at the head of each
+def commands_of_scripts():
+    """(script, flags) of the commands in README and at the head of each script, without their sizes."""
+    found = re.findall(r"(q\w+|bonus)\.py((?: +-[^`\n#&|]*|))[`\n&]", README)
+    found += [("q2b", call.replace('"', "").replace(",", "")) for call in re.findall(r"main\(\[(.*?)\]\)", README)]
+    for script in SCRIPTS:
         doc = importlib.import_module(script).__doc__
-        commands += [(script, flags.split("->")[0]) for flags in re.findall(rf"python {script}\.py([^\n]*)", doc)]
-    assert {script for script, _ in commands} >= set(SCRIPTS)
-    for script, flags in commands:
-        parse(script, [] if "…" in flags or "..." in flags else shlex.split(flags), monkeypatch)
-    with pytest.raises(SystemExit):  # control
-        parse("q2b", ["--epoch", "1"], monkeypatch)
-    assert not list(tmp_path.iterdir())
+        found += [(script, flags.split("->")[0]) for flags in re.findall(rf"python {script}\.py([^\n]*)", doc)]
+    return sorted({(script, " ".join(re.sub(r"--(epochs|limit) \d+", "", flags).split())) for script, flags in found})
+
+
+def test_commands_are_found_wherever_the_readme_has_them():
+    found = commands_of_scripts()
+    assert {script for script, _ in found} == set(SCRIPTS) and len(found) > 12
+    assert {("q2b", "--data synthetic"), ("q2b", ""), ("q2b", "--compare"), ("q2a", "--data FOLDER")} <= set(found)
+    assert any("--evaluate" in flags for _, flags in found) and ("q1a", "--seeds 5") in found
+
+
+@pytest.mark.parametrize(("script", "flags"), commands_of_scripts())
+def test_every_command_runs_at_smoke_size(script, flags, smoke, tmp_path, monkeypatch, unsaved):
+    """Of a bonus or a comparison no figures are drawn. Names of files stand for files that are made here."""
+    monkeypatch.chdir(tmp_path)
+    images = np.random.RandomState(0).randint(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez("FILE.npz", images=images)
+    (tmp_path / "FOLDER").mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "FOLDER" / f"{k}.png")
+    for module in (bonus, q2b):
+        if "--samples" not in flags:
+            monkeypatch.setattr(module, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(q1b, "DRAWS", 2000)
+    flags = re.sub(r"results/(\w+)/checkpoint.pt", rf"{smoke[0]}/\1/checkpoint.pt", flags)
+    flags = re.sub(r"--(seeds|samples) \d+", r"--\1 2", flags)
+    flags += " --smoke --device cpu --epochs 1" + ("" if script in ("q1a", "q1b") else " --limit 30 --batch-size 8")
+    flags += " --table-epochs 0" if script == "bonus" else ""
+    importlib.import_module(script).main(flags.split())
+    folder = tmp_path / "results" / "smoke" / script / ("evaluate" if "--evaluate" in flags else "")
+    assert (folder / "report.md").exists() and results(folder, "")["failed"] == {}
+
+
+def test_control_a_command_with_a_mistake_does_not_run(smoke, tmp_path, monkeypatch, unsaved):
+    with pytest.raises(SystemExit):
+        test_every_command_runs_at_smoke_size("q2b", "--epoch", smoke, tmp_path, monkeypatch, unsaved)
+
+
+def test_every_tool_in_the_readme_runs_at_smoke_size(smoke, tmp_path, monkeypatch, capsys):
+    found = set(re.findall(r"python tests/tools/(\w+)\.py([^`\n&]*)", README))
+    assert {tool for tool, _ in found} == {"bench", "codec", "mutants"}
+    monkeypatch.chdir(tmp_path)
+    for tool, flags in sorted(found):
+        if tool == "bench":
+            monkeypatch.setattr("sys.argv", ["bench.py", *shlex.split(flags), "--short", "--part", "sampling"])
+            bench.main()
+            assert (tmp_path / "results/bench/report.md").exists()
+        elif tool == "mutants":
+            monkeypatch.setattr("sys.argv", ["mutants.py", *shlex.split(flags), "--check"])
+            with pytest.raises(SystemExit) as stop:
+                mutants.main()
+            assert not stop.value.code and "can be planted" in capsys.readouterr().out
+        elif codec.stream:  # constriction is there
+            flags = flags.replace("results/q2b/checkpoint.pt", str(smoke[0] / "q2b/checkpoint.pt"))
+            codec.main([*shlex.split(flags), "--limit", "80", "--images", "2"])
+            assert "decoded exactly" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", readme_table.TABLES)

@@ -198,7 +198,7 @@ def test_several_seeds_are_the_runs_of_each_seed_with_mean_and_deviation(smoke, 
 
 
 @pytest.mark.parametrize("script", IMAGES)
-def test_evaluate_gives_the_trained_models_bound_on_any_file_and_trains_nothing(smoke, script, tmp_path, undrawn):
+def test_evaluate_gives_the_trained_models_bound_on_any_file_and_trains_nothing(smoke, script, tmp_path, unsaved):
     """From the one split that is needed; the whole path, with single samples."""
     module, checkpoint = importlib.import_module(script), smoke[0] / script / "checkpoint.pt"
     reported, before = results(smoke[0], script), checkpoint.read_bytes()

@@ -9,6 +9,7 @@ A mistake is found by its code, token by token: line breaks, spaces, comments an
 
 import argparse
 import ast
+import functools
 import os
 import re
 import shutil
@@ -116,6 +117,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
 TOKEN = re.compile(r'"""(?:[^\\]|\\.)*?"""|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'|#[^\n]*|\w+|\s+|.', re.S)
 
 
+@functools.cache
 def tokens(code):
     """Of each token: its text, with one kind of quotes, where it begins and where it ends; no spaces, no comments."""
     found = []

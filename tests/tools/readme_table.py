@@ -23,7 +23,8 @@ COLUMNS = (
     "file on disk, bits/dim", "epochs", "training, s", "threads", "command",
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
-SHORT_COLUMNS = ("question, model", "data", "−ELBO, bits/dim", "reference, bits/dim", "training, s", "command")
+SHORT_COLUMNS = ("question, model", "data", "−ELBO, bits/dim", "file on disk, bits/dim", "reference, bits/dim",
+                 "training, s", "command")  # fmt: skip
 SHORT_HEAD = f"| {' | '.join(SHORT_COLUMNS)} |\n{'|---' * len(SHORT_COLUMNS)}|\n"
 SHORT_MODELS = ("data1_diagonal", "data2_diagonal", "diagonal", "isotropic")  # of 1A and 1B
 SHORT_DATA = ", at most 4000 training images"  # of the image models
@@ -76,7 +77,7 @@ def short_row(metrics, what, bounds, reference):
     """One line of the README's table."""
     data = metrics["data"].get("name", "Gaussian").replace(" (a stand-in for SVHN)", "")
     return (
-        f"| {what} | {data} | {bound_cell(bounds)} | {reference} | {seconds(metrics)} "
+        f"| {what} | {data} | {bound_cell(bounds)} | {file_cell(metrics)} | {reference} | {seconds(metrics)} "
         f"| `{command(metrics).removeprefix('python ')}` |"
     )
 
