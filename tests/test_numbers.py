@@ -94,7 +94,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_on_a_full_disk_nothing_is_lost_and_the_run_can_go_on(small_disk, monkeypatch, capsys):
+def test_on_a_full_disk_nothing_is_lost_and_the_run_can_go_on(small_disk, monkeypatch, capsys, unsaved):
     monkeypatch.setattr(core.signal, "signal", lambda number, handler: None)  # `launch` sets it
     flags = ["--smoke", "--out", str(small_disk / "results")]
     q1a.main([*flags, "--epochs", "1"])
