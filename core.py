@@ -704,11 +704,13 @@ def read_folder(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         top, *below = file.relative_to(path).parts
         try:
             with Image.open(file) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("its levels have more than 8 bits")
                 sizes.add(image.size)
                 modes.add(image.mode)
                 x = np.asarray(image.convert("RGB").resize((32, 32)))
         except Exception as error:  # Pillow's are many
-            fail(f"--data {path}: {file.name} is no readable image ({error}); remove it")
+            fail(f"--data {path}: {file.name} is no readable 8-bit image ({error}); convert or remove it")
         images.setdefault((split_of(top) if below else "") or "others", []).append(x)
     done = [f"a folder of {len(files):,} images"]
     if modes - {"RGB"}:
@@ -1342,7 +1344,7 @@ def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimisers
     """Set weights and optimisers to what the checkpoint holds, and return where it stands."""
     saved = read_checkpoint(path, ("progress", "must_match"))
     if differing := differences(saved["must_match"], must_match):
-        fail(f"--resume: {path} is of a run with another {', '.join(differing)}; leave --resume out or mend it")
+        fail(f"--resume: {path} is of a run that differs in {', '.join(differing)}; leave --resume out or mend it")
     state = saved["progress"]
     if state["step"] > steps:
         fail(f"--resume: {path} has {state['step']} steps behind it, more than the {steps} of --epochs; raise --epochs")
@@ -1440,7 +1442,10 @@ def claim(out: Path, resume: bool) -> None:
     if rank_and_world()[0]:  # rank 0 writes for all
         return
     lock(make_folder(out))
-    if not resume and any((out / name).exists() for name in ("metrics.json", "checkpoint.pt", "progress")):
+    earlier_run = any((out / name).exists() for name in ("metrics.json", "checkpoint.pt", "progress"))
+    if resume and not earlier_run:
+        print(f"--resume: there is no earlier run in {out}; this one starts from the beginning")
+    if not resume and earlier_run:
         if (out / "evaluate").exists():  # another process may be writing there
             lock(out / "evaluate")
             unlock(out / "evaluate")
@@ -1592,7 +1597,7 @@ def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float
         margin = 0.06 * (high - low) + 1e-3
         ax.set(title=title, xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin))
         ax.set_xscale("log" if steps[-1] else "linear")
-    axes[0].legend(fontsize=7, loc="upper right", framealpha=0.6)
+    axes[0].legend(fontsize=7, loc="best", framealpha=0.6)
 
 
 def plot_curves(curves: dict[str, Any], title: str, path: Path, floor: dict[str, Any] | None = None) -> None:

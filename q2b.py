@@ -207,7 +207,7 @@ Same data, arguments, batches and noise. ± one standard error over images; vari
 ![comparison](experiments.png)
 
 **(i) A better prior, or better codes?** The last row of the table against the first. The flow alone was fitted for
-{found["prior_alone_epochs"]} epochs.
+{found["prior_alone_epochs"]} epoch{"s" * (found["prior_alone_epochs"] != 1)}.
 
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
 about its image, plus KL(q(z) || r), how far all codes together lie from r. With r = N(0, I) it is {kl["2a"]:,.0f} bits

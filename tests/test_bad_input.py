@@ -88,7 +88,8 @@ FILES = {  # data files by what is wrong with them: bytes, and what the line has
     "train_32x32.mat": (b"MATLAB 5.0 MAT-file", "for SVHN's own files: --data svhn --data-root ."),
     "one.PNG": (b"a picture", "for a folder of images: --data ."),
     "empty_folder": ([], "found no images"),
-    "broken_folder": (["good.png", "broken.png"], "broken.png is no readable image"),
+    "broken_folder": (["good.png", "broken.png"], "broken.png is no readable 8-bit image"),
+    "deep_folder": (["good.png", "deep.png"], "deep.png is no readable 8-bit image (its levels have more than 8 bits)"),
     "small_folder": (["train/a.png", "test/b.png"], "split holds 0 images"),
     "mixed_folder": (["train/a.png", "test/b.png", "more/c.png"], "others [1, 32, 32, 3], test [1"),
     "not_an_archive_of_arrays.npz": (b"PK\x05\x06" + bytes(18), "found no images"),
@@ -164,6 +165,8 @@ def test_data_files(name, folder, capsys):
             Image.fromarray(images(1)[0]).save(Path(name, file))
         if "broken.png" in content:
             Path(name, "broken.png").write_bytes(b"no picture")
+        if "deep.png" in content:
+            Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(Path(name, "deep.png"))
     elif content is not None:
         Path(name).write_bytes(content)
     for script in ("q2a", "bonus"):

@@ -267,6 +267,13 @@ def test_an_earlier_runs_results_are_moved_whole_and_with_resume_they_stay(scrip
     assert {path.name for path in folder.parent.glob(f"{script}*")} == {script, earlier.name}
 
 
+def test_resume_says_so_if_there_is_nothing_to_go_on_from(out, tmp_path, capsys):
+    core.claim(tmp_path / "smoke" / "q2a", resume=True)
+    assert not capsys.readouterr().out
+    core.claim(tmp_path / "new", resume=True)
+    assert "no earlier run" in capsys.readouterr().out
+
+
 def test_runs_in_one_process_one_after_the_other_each_keep_their_results(tmp_path, monkeypatch, undrawn, capsys):
     """As in a notebook: an interrupted run, a whole one, one more, and one that goes on."""
     folder, step, steps = tmp_path / "smoke" / "q2a", core.train_step, []

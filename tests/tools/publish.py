@@ -3,6 +3,7 @@
 python tests/tools/publish.py results/q2b                  metrics.json, report.md, all figures and codec.json
 python tests/tools/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only
                                                            those figures that show no image of the data
+python tests/tools/publish.py results/q2b --metrics-only   of further seeds: metrics.json alone
 Pictures over 200 kB are copied in 256 colours. A published run of the same name gives way to it.
 """
 
@@ -30,6 +31,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="results/<script> of a finished run")
     parser.add_argument("--no-images", action="store_true")
+    parser.add_argument("--metrics-only", action="store_true")
     args = parser.parse_args()
     if not (args.folder / "metrics.json").exists():
         parser.error(f"{args.folder}: no finished run, as there is no metrics.json")
@@ -44,7 +46,7 @@ def main():
         metrics["args"]["data"] = Path(metrics["args"]["data"]).name
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     for path in sorted([*args.folder.glob("*.png"), *args.folder.glob("*.md"), *args.folder.glob("codec.json")]):
-        if args.no_images and path.name in SHOW_DATA:
+        if args.metrics_only or (args.no_images and path.name in SHOW_DATA):
             continue
         if path.suffix == ".png" and path.stat().st_size > LIMIT:
             picture = Image.open(path).convert("RGB")  # median cut, the default, would lose the rarer colours
