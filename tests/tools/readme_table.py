@@ -75,10 +75,12 @@ def row(metrics, what, bounds, reference):
 
 def short_row(metrics, what, bounds, reference):
     """One line of the README's table."""
-    data = metrics["data"].get("name", "Gaussian").replace(" (a stand-in for SVHN)", "")
+    data = metrics["data"].get("name", "Gaussian")
+    data = "4,000 synthetic images" if data.endswith(SHORT_DATA) else data
+    seeds = "".join(f", `--seed {k}`" for k in range(1, len(bounds))) if "limit" in metrics["args"] else ""
     return (
         f"| {what} | {data} | {bound_cell(bounds)} | {file_cell(metrics)} | {reference} | {seconds(metrics)} "
-        f"| `{command(metrics).removeprefix('python ')}` |"
+        f"| `{command(metrics).removeprefix('python ')}`{seeds} |"
     )
 
 
@@ -117,7 +119,7 @@ def floor(metrics):
 
 
 def references():
-    """{SHA-256 of an image set: what lossless codecs make of it, and its floor}, from any published run on it."""
+    """{SHA-256 of an image set: {codec or "entropy": its bits/dim}}, from any published run on it."""
     known = {}
     jpeg_xl = json.loads((ROOT / "results/published/jpeg_xl.json").read_text("utf-8"))
     for metrics in published():
@@ -126,8 +128,8 @@ def references():
         found = known.setdefault(key, {})
         found |= {codec: f"{codec} {value:.3f}" for codec, value in codecs.items()}
         if low := floor(metrics):
-            found["floor"] = f"entropy {low:.3f} to {low + core.SCENE_COST_BPD:.3f}"
-    return {key: ", ".join(found.values()) for key, found in known.items()}
+            found["entropy"] = f"entropy {low:.3f} to {low + core.SCENE_COST_BPD:.3f}"
+    return known
 
 
 def plane_rows(metrics, make):
@@ -147,7 +149,7 @@ def rows():
         if metrics["script"] in ("q1a", "q1b"):
             yield from plane_rows(metrics, row)
         else:
-            reference = image_references[metrics["data"]["sha256"]]
+            reference = ", ".join(image_references[metrics["data"]["sha256"]].values())
             yield row(metrics, metrics["script"].removeprefix("q"), [metrics["final"]["test"]], reference)
 
 
@@ -163,7 +165,8 @@ def short_rows():
             groups.setdefault(metrics["script"], []).append(metrics)
     for script, runs in groups.items():
         bounds = [metrics["final"]["test"] for metrics in runs]
-        reference = image_references[runs[0]["data"]["sha256"]]
+        known = image_references[runs[0]["data"]["sha256"]]
+        reference = ", ".join(known[name] for name in ("JPEG XL", "entropy") if name in known)
         yield short_row(runs[0], script.removeprefix("q"), bounds, reference)
 
 
