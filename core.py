@@ -1579,8 +1579,8 @@ def save_figure(fig: Any, path: Path) -> None:
 def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float, float]] | None = None) -> None:
     """-ELBO, KL and decoder term against the step, on three axes, bits/dim: train thin, validation and test bold.
 
-    floors: {label: (lower, upper side)} of what -ELBO is held against. The highest fifth of the values may lie above
-    the axes: the first looks, and spikes, would flatten the rest.
+    floors: {label: (lower, upper side)} of what -ELBO is held against. Of the first half of the looks, the highest may
+    lie above the axes: they would flatten the rest.
     """
     thin, bold, dashed = dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--")
     steps = np.array(curves["step"])
@@ -1593,7 +1593,8 @@ def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float
             ax.axhspan(low, high, color=("k", "0.6")[k], lw=0, alpha=0.5)
             ax.axhline(low, color=("k", "0.6")[k], lw=1.2, ls=":", label=label)
         values = np.array([curves[split][key] for split in SPLITS])
-        low, high = min([values.min(), *(low for low, _ in drawn.values())]), np.quantile(values, 0.8)
+        low = min([values.min(), *(low for low, _ in drawn.values())])
+        high = max(np.quantile(values, 0.8), values[:, len(steps) // 2 :].max())
         margin = 0.06 * (high - low) + 1e-3
         ax.set(title=title, xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin))
         ax.set_xscale("log" if steps[-1] else "linear")

@@ -5,6 +5,7 @@ import itertools
 import os
 
 import numpy as np
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
@@ -500,3 +501,17 @@ def test_precision_and_products(monkeypatch):
     assert set(kinds) == {(True, torch.bfloat16), (False, torch.float32)}
     deaf = VAE(Call(lambda x: (x * 0, x * 0)), Call(lambda z: (z, z * 0)), StandardNormal((2,)))
     assert evaluate(deaf, torch.randn(4, 2)).recon.dtype == torch.float64
+
+
+@pytest.mark.parametrize("late", [[1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.2, 1.5, 2.0, 3.0]], ids=["level", "rising"])
+def test_axes_of_curves_hold_the_second_half_of_training_and_no_early_spike(late):
+    values = [50.0, 2.0, 1.5, 30.0, *late]
+    curves = {
+        "step": [0, 1, 2, 4, 8, 16, 32, 64, 128],
+        **{s: dict.fromkeys(core.CURVE_KEYS, values) for s in core.SPLITS},
+    }
+    fig, axes = plt.subplots(1, 3)
+    core.draw_curves(axes, curves, {"floor": (0.5, 0.6)})
+    limits = [ax.get_ylim() for ax in axes]
+    plt.close(fig)
+    assert all(low < min(late) and max(late) < high < 10 for low, high in limits) and limits[0][0] < 0.5
