@@ -503,13 +503,10 @@ def test_precision_and_products(monkeypatch):
     assert evaluate(deaf, torch.randn(4, 2)).recon.dtype == torch.float64
 
 
-@pytest.mark.parametrize("late", [[1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.2, 1.5, 2.0, 3.0]], ids=["level", "rising"])
+@pytest.mark.parametrize("late", [[1.0] * 10, [1.0 + 0.2 * k for k in range(10)]], ids=["level", "rising"])
 def test_axes_of_curves_hold_the_second_half_of_training_and_no_early_spike(late):
-    values = [50.0, 2.0, 1.5, 30.0, *late]
-    curves = {
-        "step": [0, 1, 2, 4, 8, 16, 32, 64, 128],
-        **{s: dict.fromkeys(core.CURVE_KEYS, values) for s in core.SPLITS},
-    }
+    values = {key: [50.0, 30.0, *[2.0] * 8, *late] for key in core.CURVE_KEYS}
+    curves = {"step": [(k + 1) ** 2 for k in range(20)], **{split: values for split in core.SPLITS}}
     fig, axes = plt.subplots(1, 3)
     core.draw_curves(axes, curves, {"floor": (0.5, 0.6)})
     limits = [ax.get_ylim() for ax in axes]
