@@ -1812,9 +1812,19 @@ def launch(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a log shows each line at once; a console without a letter shows a ?
             stream.reconfigure(line_buffering=True, errors="replace")
     interrupted = "interrupted; the same command with --resume goes on from the last checkpoint, at most a minute old"
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: fail(interrupted, 128 + number))
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        if hasattr(signal, "setitimer"):  # once more in a second: Python drops what is raised in a weakref's callback
+            signal.setitimer(signal.ITIMER_REAL, 1)
+        if len(received) > 1:
+            raise SystemExit(128 + received[0])
+        fail(interrupted, 128 + number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM"):  # Windows has the first two; nohup ignores SIGHUP
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), interrupt)
     try:
         main()
     except KeyboardInterrupt:
@@ -1828,6 +1838,8 @@ def launch(main: Callable[[], None]) -> None:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}; what was there before is kept; --resume goes on", 1)
     finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if rank_and_world()[1] > 1:
             dist.destroy_process_group()
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
@@ -405,9 +406,11 @@ def handlers():
     """Those of signals, which `core.launch` sets, are as before after the test."""
     if sys.platform == "win32":
         pytest.skip("needs POSIX signals")
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -418,6 +421,32 @@ def test_signals_end_the_run_wherever_it_is(number, handlers, capsys):
         core.launch(lambda: os.kill(os.getpid(), number) or time.sleep(1))
     message = capsys.readouterr().err
     assert stop.value.code == 128 + number and message.count("\n") == 1 and "--resume" in message
+
+
+def interrupted_where_python_drops_it():
+    """As may happen when one of tqdm's bars, which it keeps in a WeakSet, comes to its end."""
+    thing = core.Progress()
+    callback = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM) or sum(range(1000)))
+    del thing
+    time.sleep(3)
+    return callback
+
+
+def test_an_interrupt_that_python_drops_comes_again(handlers, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
+    begin = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        core.launch(interrupted_where_python_drops_it)
+    assert stop.value.code == 128 + signal.SIGTERM and time.monotonic() - begin < 2.5
+    assert capsys.readouterr().err.count("error: interrupted") == 1
+    monkeypatch.setattr(signal, "setitimer", lambda *_: None)
+    core.launch(interrupted_where_python_drops_it)  # control: otherwise the run would go on
+
+
+def test_a_signal_that_the_shell_has_ignored_stays_ignored(handlers):
+    """As SIGHUP under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    core.launch(lambda: os.kill(os.getpid(), signal.SIGHUP) or time.sleep(0.1))
 
 
 def evaluation(folder):
