@@ -1811,7 +1811,7 @@ def launch(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a log shows each line at once; a console without a letter shows a ?
             stream.reconfigure(line_buffering=True, errors="replace")
-    interrupted = "interrupted; the same command with --resume goes on from the last checkpoint, at most a minute old"
+    interrupted = "interrupted; the same command with --resume goes on from the last checkpoint, if there is one"
     received: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
