@@ -1598,7 +1598,7 @@ def draw_curves(axes: Any, curves: dict[str, Any], floors: dict[str, tuple[float
         margin = 0.06 * (high - low) + 1e-3
         ax.set(title=title, xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin))
         ax.set_xscale("log" if steps[-1] else "linear")
-    axes[0].legend(fontsize=7, loc="best", framealpha=0.6)
+    axes[0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
 
 
 def plot_curves(curves: dict[str, Any], title: str, path: Path, floor: dict[str, Any] | None = None) -> None:

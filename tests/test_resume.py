@@ -1,6 +1,6 @@
 """A run that was killed and resumed ends with the same bits as one that never was; what fails loses no training.
 
-python -m pytest tests/test_resume.py                  12 kills in all
+python -m pytest tests/test_resume.py                  20 kills in all
 KILLS=100 python -m pytest tests/test_resume.py        the long version
 """
 
@@ -29,7 +29,7 @@ import core
 import q2a
 from conftest import ROOT, results, run
 
-KILLS = int(os.environ.get("KILLS", 10))
+KILLS = int(os.environ.get("KILLS", 20))
 SIZES = {  # epochs, and arguments that keep a run short; the longest first, for the pool
     "bonus": (2, ["--limit", "40", "--table-epochs", "1", "--batch-size", "20", "--receptive-field", "1"]),
     "q2b": (2, ["--limit", "40", "--compare"]), "q1b": (2, ["--batch-size", "600"]), "q2a": (2, ["--limit", "40"]),
