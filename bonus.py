@@ -486,7 +486,7 @@ def draw_figures(
             write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
 
 
-@gives_folders_back
+@gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
     parser = ImageParser("bonus", least_latents=0)
     add = parser.add_argument

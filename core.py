@@ -1253,22 +1253,12 @@ def look(now: Progress, model: Any, splits: dict[str, Tensor], epoch: float, nam
 
 
 def write_curves(path: Path, curves: dict[str, Any]) -> None:
-    """The curves as a table beside the checkpoint: a row per look, added as it happens."""
-    if rank_and_world()[0]:
-        return
+    """The curves as a table beside the checkpoint, a row per look."""
+    columns = {"step": curves["step"], "epoch": curves["epoch"]}
+    columns |= {f"{split}_{key}": curves[split][key] for split, key in itertools.product(SPLITS, CURVE_KEYS)}
+    rows = [columns.keys(), *zip(*columns.values(), strict=True)]
     table = path.with_name("curves.csv" if path.name == "checkpoint.pt" else f"{path.stem}_curves.csv")
-    columns = [f"{split}_{key}" for split, key in itertools.product(SPLITS, CURVE_KEYS)]
-    values = [curves[split][key] for split, key in itertools.product(SPLITS, CURVE_KEYS)]
-    rows = [",".join(map(str, row)) + "\n" for row in zip(curves["step"], curves["epoch"], *values, strict=True)]
-    head = ",".join(["step", "epoch", *columns]) + "\n"
-    try:
-        if table.exists() and table.read_text() == head + "".join(rows[:-1]):
-            with open(table, "a") as file:
-                file.write(rows[-1])
-        else:  # of an earlier run, or of one that went on from an earlier checkpoint
-            write_whole(table, lambda file: file.write((head + "".join(rows)).encode()))
-    except OSError as error:  # a full disk
-        print(f"warning: no new row in {table} ({error.strerror}); the run goes on", file=sys.stderr)
+    write_or_go_on(table, "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
 
 
 class Lines(tqdm.std.tqdm):
@@ -1356,14 +1346,10 @@ def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimisers
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """torch.save, whole or not at all. On a full disk the file before stays, a line says so, and the run goes on."""
-    buffer = io.BytesIO()  # in memory first: then a file system that fails does so in one place, `write_whole`
+    """torch.save, in memory first: a file system that fails does so in one place, `write_whole`."""
+    buffer = io.BytesIO()
     torch.save(contents, buffer)
-    try:
-        write_whole(path, lambda file: file.write(buffer.getbuffer()))
-    except OSError as error:
-        why = f"({error.strerror}); the one before is kept, the run goes on"
-        print(f"warning: no new checkpoint in {path} {why}", file=sys.stderr)
+    write_or_go_on(path, buffer.getbuffer())
 
 
 def load_trained(args: argparse.Namespace, script: str, flags: tuple[str, ...]) -> dict[str, Any]:
@@ -1480,17 +1466,14 @@ def unlock(folder: Path) -> None:
         os.close(LOCKED.pop(folder))
 
 
-def gives_folders_back(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
-    """main, after which nothing is locked, whatever ended it: a notebook's process goes on."""
-
-    def run(argv: list[str] | None = None) -> None:
-        try:
-            main(argv)
-        finally:
-            for folder in list(LOCKED):
-                unlock(folder)
-
-    return run
+@contextmanager
+def gives_folders_back() -> Iterator[None]:
+    """On every main: after it nothing is locked, whatever ended it. A notebook's process goes on."""
+    try:
+        yield
+    finally:
+        for folder in list(LOCKED):
+            unlock(folder)
 
 
 def make_folder(path: Path) -> Path:
@@ -1521,6 +1504,15 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_or_go_on(path: Path, contents: Any) -> None:
+    """`write_whole` during training: on a full disk the file before stays, a line says so, and the run goes on."""
+    try:
+        write_whole(path, lambda file: file.write(contents))
+    except OSError as error:
+        why = f"({error.strerror}); the one before is kept, the run goes on"
+        print(f"warning: no new {path} {why}", file=sys.stderr)
 
 
 def write_metrics(out: Path, args: argparse.Namespace, metrics: dict[str, Any]) -> None:
@@ -1798,6 +1790,8 @@ each other has its own report in a folder beside this one.
 
 # --------------------------------------------------------------------------------------------------- command line
 
+THREADS = torch.get_num_threads()  # as many as the machine has cores, or what OMP_NUM_THREADS says
+
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on standard error: status 2 for bad input, 1 for a run that failed."""
@@ -1852,17 +1846,6 @@ def in_kernel() -> bool:
 def pasted_into_cell() -> bool:
     """Whether this code is a cell of a Jupyter or Colab kernel, whose command line is the kernel's, not the user's."""
     return os.path.basename(sys.argv[0]) in ("ipykernel_launcher.py", "colab_kernel_launcher.py")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For question 1, whose networks are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
@@ -1935,6 +1918,7 @@ def parse_args(
     args.device = join_processes(choose_device(args.device), alone=not images)
     resumed = out / "checkpoint.pt" if args.resume else None
     args.precision = choose_precision(args.precision, args.device, resumed) if images else "fp32"
+    torch.set_num_threads(THREADS if images else 1)  # question 1's networks are too small to share out
     args.started = time.monotonic()
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings(args).items()), flush=True)
     return args, out / "evaluate" if getattr(args, "evaluate", None) else out

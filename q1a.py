@@ -17,7 +17,7 @@ from typing import Any
 from core import (  # before torch, whose import reads what core has set
     VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run, draw_curves,
     evaluate, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, normal_log_prob,
-    number, one_thread, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table,
+    number, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table,
     settings, skipped_text, split_points, standard_error, sum_dims, write_metrics, write_report,
 )  # fmt: skip
 
@@ -358,7 +358,7 @@ def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, 
     return metrics, failed
 
 
-@gives_folders_back
+@gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("q1a")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on")
@@ -368,8 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if seed == args.seed else out / f"seed_{seed}"
         one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1})
-        with one_thread():
-            runs[seed], failures = run(one, folder)
+        runs[seed], failures = run(one, folder)
         failed |= failures
         if seed > args.seed:
             write_report(folder, report(runs[seed]), failures)

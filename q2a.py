@@ -84,7 +84,7 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
             write_images(quantise(x), out / "samples", first)
 
 
-@gives_folders_back
+@gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
     args, out = parse_args(ImageParser("q2a"), argv, DEFAULTS, SMOKE)
     trained = load_trained(args, "q2a", ("latents",)) if args.evaluate else None

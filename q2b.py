@@ -291,7 +291,7 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
             write_images(quantise(x), out / "samples", first)
 
 
-@gives_folders_back
+@gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
     parser = ImageParser("q2b")
     parser.add_argument("--compare", action="store_true", help="train 2a with the same arguments first")

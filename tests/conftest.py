@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
 
+# One thread: the order of every sum is the same from run to run, and what runs in the background has a core left.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
@@ -70,7 +73,7 @@ def smoke_runs(request, tmp_path_factory):
 
     In an environment that asks for what is not there (`nowhere`). The runs' processes are stopped if the tests are.
     """
-    environment = os.environ | nowhere(tmp_path_factory.mktemp("settings")) | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | nowhere(tmp_path_factory.mktemp("settings"))
     out, running = tmp_path_factory.mktemp("Größe"), []
 
     def smoke_run(script):
@@ -94,13 +97,6 @@ def smoke(smoke_runs):
     """Of one --smoke run of every script: the folder of results, and what was printed. Tests do not write into it."""
     out, runs = smoke_runs
     return out / "smoke", {script: run.result() for script, run in runs.items()}
-
-
-@pytest.fixture
-def one_thread():
-    """On which the order of every sum is the same from run to run."""
-    with core.one_thread():
-        yield
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def out(tmp_path):
     for script in SCRIPTS:
         folder = tmp_path / "smoke" / script
         (folder / "progress").mkdir(parents=True)
-        for name in ("metrics.json", "report.md", "curves.csv", "progress/start_1.pt"):
+        for name in ("metrics.json", "report.md", "curves.csv", "progress/short_run.pt"):
             (folder / name).write_text(f"earlier {name} of {script}")
         torch.save({"script": script, **found}, folder / "checkpoint.pt")
     return tmp_path

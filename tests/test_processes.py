@@ -35,7 +35,7 @@ def two(tmp_path_factory):
     mains = ", ".join(f"{script}.main({[*FLAGS, *more]} + out)" for script, more in RUNS.items())
     (folder / "program.py").write_text(f"{PROGRAM}core.launch(lambda: ({mains}))\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", folder / "program.py", folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return folder, subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
 
 

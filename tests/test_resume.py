@@ -45,7 +45,6 @@ def run_script(script, out, more, keep_seconds, log, draw):
     Without `draw`, figures are not drawn and few samples made for them, and a table and a curve are shorter: weights
     and metrics, which are compared, depend on none of them.
     """
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     core.KEEP_SECONDS = keep_seconds
     module = importlib.import_module(script)
@@ -197,7 +196,7 @@ def test_resume_trains_on_for_more_epochs_and_refuses_fewer(finished, capsys, un
     assert stop.value.code == 2 and message.count("\n") == 1 and "--epochs" in message and "9 steps" in message
 
 
-def test_resume_of_a_finished_run_makes_no_step_and_gives_the_same(finished, undrawn, no_step, one_thread):
+def test_resume_of_a_finished_run_makes_no_step_and_gives_the_same(finished, undrawn, no_step):
     before = results(finished / "smoke", "q2a")
     run_q2a(finished, "--resume")
     after = results(finished / "smoke", "q2a")
@@ -325,7 +324,7 @@ def test_without_torchvision_other_data_than_svhn_need_nothing_of_it(tmp_path):
     (stub / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     flags = ["--smoke", "--device", "cpu", "--limit", "20", "--out", str(tmp_path)]
     command = f"import core, q2a; core.launch(lambda: q2a.main({flags}) or q2a.main([*{flags}, '--data', 'svhn']))"
-    done = run("-c", command, PYTHONPATH=str(stub.parent), OMP_NUM_THREADS="1")
+    done = run("-c", command, PYTHONPATH=str(stub.parent))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "torchvision::nms" in done.stderr
     assert_made_up_for(tmp_path / "smoke/q2a")
 
@@ -503,7 +502,7 @@ core.launch(lambda: q2a.main(["--smoke", "--limit", "500", "--batch-size", "500"
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
 def test_a_machine_that_runs_out_of_memory_is_told_which_flag_to_lower(tmp_path):
     command = [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1] == "error: out of memory: lower --batch-size, --latents or --limit"
 

@@ -28,7 +28,7 @@ FIGURES = {
 }  # fmt: skip
 TRAININGS = {  # checkpoints in the folder progress: one for each training but the script's own
     "q1a": {f"{data}_{decoder}" for data in ("data1", "data2") for decoder in ("diagonal", "isotropic")},
-    "q1b": {"start_1", "start_2", "start_3", "diagonal", "isotropic"}, "q2a": set(), "q2b": {"flow_alone"},
+    "q1b": {"short_run", "diagonal", "isotropic"}, "q2a": set(), "q2b": {"flow_alone"},
     "bonus": {"receptive_field_1", "receptive_field_2", "receptive_field_3", "no_code"},
 }  # fmt: skip
 IMAGES = ("q2a", "q2b", "bonus")
@@ -167,7 +167,7 @@ def test_checkpoint_gives_the_reported_bound(smoke):
     assert bound["neg_elbo_bpd"] == pytest.approx(results(smoke[0], "q2b")["final"]["test"]["neg_elbo_bpd"], abs=1e-5)
 
 
-def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(smoke, tmp_path, one_thread, undrawn):
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(smoke, tmp_path, undrawn):
     """Of q2a; of question 1 the next test says the same."""
     for name, seed in (("same", 0), ("other", 1)):
         q2a.main(["--smoke", "--device", "cpu", "--seed", str(seed), "--out", str(tmp_path / name)])

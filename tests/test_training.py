@@ -443,11 +443,11 @@ def test_the_table_of_curves_grows_by_a_row_at_each_look_and_can_be_followed(tmp
 
 
 def test_a_side_trainings_table_has_its_name_and_an_earlier_runs_rows_are_not_kept(tmp_path):
-    table = tmp_path / "start_1_curves.csv"
+    table = tmp_path / "short_run_curves.csv"
     table.write_text("step,epoch\n0,0.0\n")
-    curves = train(point_model(), point_splits(), path=tmp_path / "start_1.pt")
+    curves = train(point_model(), point_splits(), path=tmp_path / "short_run.pt")
     assert table_of(table) == columns_of(curves)
-    assert {path.name for path in tmp_path.iterdir()} == {"start_1.pt", table.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"short_run.pt", table.name}
     train(point_model(), point_splits())  # without a checkpoint there is no table
     assert len(list(tmp_path.iterdir())) == 2
 
