@@ -1253,12 +1253,18 @@ def look(now: Progress, model: Any, splits: dict[str, Tensor], epoch: float, nam
 
 
 def write_curves(path: Path, curves: dict[str, Any]) -> None:
-    """The curves as a table beside the checkpoint, a row per look."""
+    """The curves as a table beside the checkpoint: a row per look, added as it happens."""
+    if rank_and_world()[0]:
+        return
+    table = path.with_name("curves.csv" if path.name == "checkpoint.pt" else f"{path.stem}_curves.csv")
     columns = {"step": curves["step"], "epoch": curves["epoch"]}
     columns |= {f"{split}_{key}": curves[split][key] for split, key in itertools.product(SPLITS, CURVE_KEYS)}
-    rows = [columns.keys(), *zip(*columns.values(), strict=True)]
-    table = path.with_name("curves.csv" if path.name == "checkpoint.pt" else f"{path.stem}_curves.csv")
-    write_or_go_on(table, "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
+    *earlier, row = [",".join(map(str, row)) + "\n" for row in (columns, *zip(*columns.values(), strict=True))]
+    with going_on(table):
+        if not table.exists() or table.read_text() != "".join(earlier):  # the first look, or the first after --resume
+            write_whole(table, lambda file: file.write("".join(earlier).encode()))
+        with open(table, "a") as file:
+            file.write(row)
 
 
 class Lines(tqdm.std.tqdm):
@@ -1349,7 +1355,8 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     """torch.save, in memory first: a file system that fails does so in one place, `write_whole`."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
-    write_or_go_on(path, buffer.getbuffer())
+    with going_on(path):
+        write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_trained(args: argparse.Namespace, script: str, flags: tuple[str, ...]) -> dict[str, Any]:
@@ -1506,10 +1513,11 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_or_go_on(path: Path, contents: Any) -> None:
-    """`write_whole` during training: on a full disk the file before stays, a line says so, and the run goes on."""
+@contextmanager
+def going_on(path: Path) -> Iterator[None]:
+    """Around what training writes: on a full disk a line says so, what the file held before stays, the run goes on."""
     try:
-        write_whole(path, lambda file: file.write(contents))
+        yield
     except OSError as error:
         why = f"({error.strerror}); the one before is kept, the run goes on"
         print(f"warning: no new {path} {why}", file=sys.stderr)
