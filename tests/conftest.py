@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -12,6 +13,8 @@ from subprocess import PIPE
 
 # One thread: the order of every sum is the same from run to run, and what runs in the background has a core left.
 os.environ["OMP_NUM_THREADS"] = "1"
+if hasattr(signal, "SIGHUP"):  # nohup's, which the scripts respect
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import matplotlib
 import matplotlib.pyplot as plt
