@@ -1566,6 +1566,8 @@ def cpu_name() -> str:
 
 def save_figure(fig: Any, path: Path) -> None:
     """Write the figure as a PNG without transparency and close it; in a notebook, show it too."""
+    if fig.get_layout_engine():
+        fig.draw_without_rendering()  # a first layout: its axes' ticks ask for more or less room than was guessed
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png", dpi=DPI)
     write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG"))
@@ -1623,7 +1625,8 @@ def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path,
     grids = {name: tiled(images.cpu(), columns).repeat(2, 0).repeat(2, 1) for name, images in panels.items()}
     h, w = (max(grid.shape[k] for grid in grids.values()) for k in (0, 1))
     down, across = (len(grids), 1) if stacked else (1, len(grids))
-    width, lines = across * (w + 20) + 20, wrapped(title, (across * (w + 20) + 20) // 10)  # 10 pixels per letter
+    width = across * (w + 20) + 20
+    lines = wrapped(title, int(width / 9.4))  # pixels per letter
     height = down * (h + 35) + 20 + 22 * len(lines)
     fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     for k, (name, grid) in enumerate(grids.items()):

@@ -2,18 +2,20 @@
 
 import csv
 import itertools
+import json
 import os
 
 import numpy as np
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import core
 import q2a
 import q2b
-from conftest import Call, train
+from conftest import ROOT, Call, train
 from core import FlowPrior, ImageVAE, StandardNormal, Terms, VAE, evaluate, evaluation_batches, fixed_noise, in_bits
 
 
@@ -512,3 +514,20 @@ def test_axes_of_curves_hold_the_second_half_of_training_and_no_early_spike(late
     limits = [ax.get_ylim() for ax in axes]
     plt.close(fig)
     assert all(low < min(late) and max(late) < high < 10 for low, high in limits) and limits[0][0] < 0.5
+
+
+def test_no_label_of_curves_is_cut(monkeypatch, tmp_path):
+    """Of published curves whose ticks change with the room that they get."""
+    curves = json.loads((ROOT / "results/published/q2b_svhn_subset/metrics.json").read_text("utf-8"))["curves"]
+
+    def least_x():
+        core.plot_curves(curves, "2b: flow prior\nbits/dim", tmp_path / "curves.png")
+        (fig,) = drawn
+        return min(ax.yaxis.label.get_window_extent().x0 for ax in fig.axes)
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", lambda fig: drawn.append(fig))
+    assert least_x() >= 0
+    drawn.clear()
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda fig: None)
+    assert least_x() < 0  # control
