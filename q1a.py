@@ -11,6 +11,7 @@ N(mu(z), diag sigma(z)^2) (diagonal) and a decoder N(mu(z), sigma(z)^2 I) (isotr
 
 import argparse
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     failed: dict[str, str] = {}
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if seed == args.seed else out / f"seed_{seed}"
-        one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1})
+        one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "started": time.monotonic()})
         runs[seed], failures = run(one, folder)
         failed |= failures
         if seed > args.seed:

@@ -11,6 +11,7 @@ Two VAEs with 2-D z ~ N(0, I): decoder N(mu(z), diag sigma(z)^2) (diagonal) and 
 import argparse
 import copy
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,10 @@ CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc 
 STD = 0.2
 DECODERS = {"diagonal": 2, "isotropic": 1}  # how many log stds the decoder has
 HIDDEN = (96, 96, 96)  # with ReLU: the map from one Gaussian to three clusters has sharp edges
-MUON_LR = 0.02  # peak, for the matrices between hidden layers; --lr is Adam's, for the rest
 SHARE = 5  # both models start from one short run of epochs / SHARE
-MAIN_LR = 0.6  # of both learning rates, after the short run: all of it can spoil a good start
+SHORT_MUON_LR, MUON_LR = 0.02, 0.012  # peaks, for the matrices between hidden layers; --lr is Adam's, for the rest
 WARMUP = 0.5  # fraction of the short run over which the KL's weight rises to 1; every reported bound has weight 1
-Z2_SCALE = 0.1  # of the decoder's first weights from z2, in the short run
-DEFAULTS = dict(epochs=50, batch_size=1000, lr=3e-3)
+DEFAULTS = dict(epochs=50, batch_size=1000, lr=1.5e-3)
 SMOKE = dict(epochs=2)
 DRAWS = 10_000  # of z for each of the first 100 test points
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # importance samples of the IWAE curve
@@ -57,8 +56,8 @@ def make_points() -> tuple[np.ndarray, np.ndarray]:
 def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
     """log p(x) of the density that made the set. [N, 2] -> [N], nats.
 
-    One third each of two round normals and of a normal whose mean runs evenly over the arc; the integral over the arc
-    by the midpoint rule, whose step pi / 1000 is far below the noise's 0.2.
+    One third each of two round normals and of a normal whose mean is (2 cos t, -sin t), t uniform on [0, pi]; the
+    integral over t by the midpoint rule, whose steps on the arc, at most 2 pi / 1000, are far below the noise's 0.2.
     """
     t = (torch.arange(nodes, dtype=torch.float64) + 0.5) * math.pi / nodes
     arc = torch.stack([2 * torch.cos(t), -torch.sin(t)], 1)
@@ -76,17 +75,18 @@ def short_run(splits: dict[str, Tensor], args: argparse.Namespace, path: Path) -
 
     What its first epochs do with the clusters stays: a cluster that they tear apart is never mended, and a diagonal
     decoder often lumps two together. The KL's weight rises from 0, so that the code is used before it is charged for.
-    And the decoder's weights from z2 start small, so that z1 alone is used first. It then runs along the curve that
-    joins the clusters, and each is a strip across z1. The true posterior at a straight edge along an axis is nearly
-    a normal without correlation, as q(z|x) is; where three regions meet in a point, or at a slanted edge, it is not.
+    And the decoder's first weights from z2 start at 0, so that z1 is used first. z1 then follows one curve through the
+    three clusters, and each cluster's codes form a strip across z1. q(z|x) has no correlation between z1 and z2. Near a
+    strip's straight edge the true posterior needs hardly any; near a slanted edge, or where three regions meet, it
+    does.
     """
     torch.manual_seed(args.seed)
     model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
     with torch.no_grad():
-        model.decoder.get_parameter("net.0.weight")[:, 1] *= Z2_SCALE
+        model.decoder.get_parameter("net.0.weight")[:, 1] = 0
     fit(
         model.to(args.device), splits, epochs=max(1, args.epochs // SHARE), batch_size=args.batch_size, lr=args.lr,
-        muon_lr=MUON_LR, kl_warmup=WARMUP, seed=args.seed, path=path, resume=args.resume,
+        muon_lr=SHORT_MUON_LR, kl_warmup=WARMUP, seed=args.seed, path=path, resume=args.resume,
         run={"args": settings(args)}, name="short run",
     )  # fmt: skip
     return model
@@ -169,7 +169,7 @@ def codes_against_prior(z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_at_codes(model: VAE, x: Tensor, labels: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
-    """One z ~ q(z|x) for each training point, [N, 2]; and of these codes and the decoder there:
+    """One z ~ q(z|x) for each of the first 10,000 training points, [N, 2]; and of these codes and the decoder there:
 
     the aggregated posterior's KL to the prior, bits/dim; in how many pieces each cluster lies (groups of 5 % and more
     of its codes, linked where closer than 0.3 prior stds); the decoder's stds.
@@ -231,13 +231,13 @@ Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, {
 ![curves](curves.png)
 
 The floor is −log p(x) of the density that made the data, by quadrature along the arc, on the same points. The KL is in
-closed form, the decoder term the mean over 64 draws of z per point. Train stands for its first points, as many as
-test has. The draws leave an error of
-{max(final[name]["test"]["neg_elbo_mc_se_bpd"] for name in final):.4f} bits/dim at most on test. Both models
-start, at epoch 0 of the curves, from one short run with an isotropic decoder, in which z₁ was used before z₂ and the
-KL's weight rose from 0 to 1; every reported bound has weight 1. The weights kept are those of the best epoch on
-validation, {metrics["curves"]["diagonal"]["best_epoch"]:g} and {metrics["curves"]["isotropic"]["best_epoch"]:g}.
-Curves show one draw of z for the first points of each split.
+closed form, the decoder term the mean over 64 draws of z per point, which leave a further error of
+{max(final[name]["test"]["neg_elbo_mc_se_bpd"] for name in final):.4f} bits/dim at most on test. Train stands for its
+first points, as many as test has. Both models start, at epoch 0 of the curves, from a short run with an isotropic
+decoder. In it the KL's weight rose from 0 to 1, and the decoder's weights from z₂ began at 0, so that z₁ was used
+first. Every reported bound has weight 1. The weights kept are those of the best look on validation, at epoch
+{metrics["curves"]["diagonal"]["best_epoch"]:.1f} (diagonal) and {metrics["curves"]["isotropic"]["best_epoch"]:.1f}
+(isotropic). Curves show one draw of z for the first points of each split.
 {skipped_text(sum(curve["skipped_steps"] for curve in metrics["curves"].values()))}
 
 ## 2. Samples
@@ -246,19 +246,18 @@ Curves show one draw of z for the first points of each split.
 
 ## 3. Latents of training data
 
-**{torn}** The codes of all points together miss the prior by {diagonal["marginal_kl_bpd"]:.3f} (diagonal) and
+**{torn}** The KL of all codes together, q(z), to the prior is {diagonal["marginal_kl_bpd"]:.3f} (diagonal) and
 {isotropic["marginal_kl_bpd"]:.3f} (isotropic) bits/dim.
 
 ![latents](latents.png)
 
 Each point is one z ~ q(z|x) of a training point, coloured by its label; the circles are 1, 2 and 3 prior stds. The
 KL, which bounds from above what z tells about x, is {diagonal["test"]["kl_bpd"]:.2f} (diagonal) and
-{isotropic["test"]["kl_bpd"]:.2f} (isotropic) bits/dim. The two models differ in what the decoder's noise may look like:
-the median ratio of its larger to its smaller std is {diagonal["decoder_median_std_ratio"]:.2f} for the diagonal decoder
-and {isotropic["decoder_median_std_ratio"]:.2f} for the isotropic one. The median std of x₁ and of x₂ is
-{" and ".join(f"{v:.3f}" for v in diagonal["decoder_median_stds"])} (diagonal), of both
-{isotropic["decoder_median_stds"][0]:.3f} (isotropic), where the data's own noise has {STD}:
-what the decoder's noise does not make, the code has to carry.
+{isotropic["test"]["kl_bpd"]:.2f} (isotropic) bits/dim. The diagonal decoder's noise may be wider one way: the larger of
+its two stds is {diagonal["decoder_median_std_ratio"]:.2f} times the smaller (median). Its median std is
+{" for x₁ and ".join(f"{v:.3f}" for v in diagonal["decoder_median_stds"])} for x₂, the isotropic one's
+{isotropic["decoder_median_stds"][0]:.3f} for both. The clusters' own noise has std {STD}: what the decoder's noise
+leaves out, the code has to carry.
 
 | model | clusters 0, 1, 2 lie in pieces | aggregated posterior's KL to the prior |
 |---|---|---|
@@ -266,8 +265,8 @@ what the decoder's noise does not make, the code has to carry.
 
 That distance from the prior is part of the KL term: a
 continuous map of one Gaussian onto three separate clusters has to cross the gaps between them, so that a part of the
-prior is no point's code. (Pieces: groups of 5 % and more of a cluster's codes, linked where closer than 0.3. KL from
-2,000 codes, with all training posteriors in the mixture.)
+prior is no point's code. (Codes closer than 0.3 are linked; a piece is a linked group of at least 5 % of a cluster's
+codes. KL from 2,000 codes, with all training posteriors in the mixture.)
 
 ## 4. The first 100 test points: IWAE with 100 samples against the ELBO
 
@@ -280,15 +279,15 @@ density.
 {first}
 
 Both bounds use the same {DRAWS:,} samples of z for each point: the ELBO is the mean of log w, the IWAE objective the
-log of the mean of 100 weights, averaged over {DRAWS // 100} groups. So by Jensen's inequality it is the higher for
-every point, and by more, the more the weights differ: of 100 weights
-{diagonal["first100"]["effective_samples_of_100"]:.0f} (diagonal) and
-{isotropic["first100"]["effective_samples_of_100"]:.0f} (isotropic) count, in effect. With 1,000 in a group
+log of the mean of 100 weights, averaged over {DRAWS // 100} groups. By Jensen's inequality the IWAE bound on log p(x)
+is at least the ELBO for every point, and by more, the more the weights differ. The effective sample size of 100 weights
+is {diagonal["first100"]["effective_samples_of_100"]:.0f} (diagonal) and
+{isotropic["first100"]["effective_samples_of_100"]:.0f} (isotropic). With 1,000 in a group
 {diagonal["first100"]["neg_iwae_minus_floor_bpd"][-1]:+.4f} and
-{isotropic["first100"]["neg_iwae_minus_floor_bpd"][-1]:+.4f} bits/dim are left above the
-true density. What more samples cannot take away is not the posterior's shape, but the model's density itself. Errors
-are over points; the draws add {max(final[name]["first100"]["neg_elbo_mc_se_bpd"] for name in final):.4f} to the ELBO's
-and {max(final[name]["first100"]["neg_iwae100_mc_se_bpd"] for name in final):.4f} to IWAE's, at most.
+{isotropic["first100"]["neg_iwae_minus_floor_bpd"][-1]:+.4f} bits/dim are left above the true density. What is left
+however many samples are taken is due to the model's density, not to q(z|x). Errors are over points; the draws leave a
+further error of {max(final[name]["first100"]["neg_elbo_mc_se_bpd"] for name in final):.4f} in the ELBO and
+{max(final[name]["first100"]["neg_iwae100_mc_se_bpd"] for name in final):.4f} in IWAE, at most.
 
 ![IWAE against the number of samples](iwae.png)
 {seeds_table(metrics.get("seeds", {}), of_one_seed)}"""
@@ -302,7 +301,7 @@ def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
         "−ELBO − floor": test["excess_bpd"],
         "IWAE-100 above ELBO, first 100": first["elbo_gap_bpd"],
         "−IWAE-100 − floor, first 100": first["neg_iwae100_minus_floor_bpd"],
-        "most pieces of a cluster": max(f["pieces_of_clusters"]),
+        "most pieces of a cluster (a count)": max(f["pieces_of_clusters"]),
     }  # fmt: skip
 
 
@@ -387,8 +386,8 @@ def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, 
     for name, num_log_stds in DECODERS.items():
         model = with_decoder(start, num_log_stds)
         curves[name] = fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=MAIN_LR * args.lr,
-            muon_lr=MAIN_LR * MUON_LR, seed=args.seed, path=out / "progress" / f"{name}.pt", resume=args.resume,
+            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, muon_lr=MUON_LR,
+            seed=args.seed, path=out / "progress" / f"{name}.pt", resume=args.resume,
             run={"args": settings(args)}, name=name,
         )  # fmt: skip
         bounds = {k: bounds_of_points(model, x, floors[k]) for k, x in measured.items()}
@@ -425,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     failed: dict[str, str] = {}
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if seed == args.seed else out / f"seed_{seed}"
-        one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1})
+        one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "started": time.monotonic()})
         runs[seed], failures = run(one, folder)
         failed |= failures
         if seed > args.seed:
