@@ -25,7 +25,7 @@ from core import (  # before torch, whose import reads what core has set
     in_bits, kl_per_position, launch, load_images, load_trained, noise, number, parse_args, pasted_into_cell,
     plot_curves, plot_images, posteriors, prepare, prior_check_text, quantise, rank_and_world, save_figure,
     settings, standard_error, straight_lines, sum_dims, sum_over_processes, synthetic_floor, to_device,
-    to_float64, training_text, wavefront_slope, wavefronts, write_images, write_metrics, write_report,
+    training_text, wavefront_slope, wavefronts, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -119,7 +119,7 @@ class DifferenceConv2d(MaskedConv2d):
 
     def kernel(self) -> Tensor:
         kernel = super().kernel()
-        return kernel - self.mask * (kernel.sum((2, 3), keepdim=True) / self.num_taps)
+        return kernel - self.mask * (kernel.sum((2, 3), keepdim=True) / self.mask.sum())
 
 
 def sum_of_neighbours(x: Tensor) -> Tensor:
@@ -180,8 +180,10 @@ class LocalPixelCNN(nn.Module):
         One anti-diagonal after the other (see `wavefronts`), at the new positions only, in float64: any slope that is
         large enough draws the same levels.
         """
-        features, u64 = to_float64(self.features(z)), to_float64(u) + 2.0**-25  # to the middle of its 24-bit bin
-        net, x = float64_copy(self), features.new_zeros(len(z), 3, 32, 32)
+        net = float64_copy(self)
+        features, u64 = (t.to(net.level.weight.device).double() for t in (self.features(z), u))
+        u64 = u64 + 2.0**-25  # to the middle of its 24-bit bin
+        x = features.new_zeros(len(z), 3, 32, 32)
         number, taps, border = net.at_the_border(x)
         for i, j in wavefronts(32, 32, slope or wavefront_slope(self), x.device):
             average = (sum_of_neighbours(x) / number)[:, :, i, j, None]  # (B, 3, P, 1)

@@ -47,7 +47,8 @@ import tqdm.std
 from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
 
-if "ipykernel" not in sys.modules:
+IN_KERNEL = "ipykernel" in sys.modules  # Jupyter's or Colab's, which shows figures and progress bars
+if not IN_KERNEL:
     matplotlib.rcdefaults()  # a user's matplotlibrc may ask for what is not there, such as LaTeX
 
 # ---------------------------------------------------------------------------------------------------- conventions
@@ -399,20 +400,15 @@ class ConvDecoder(nn.Module):
 # ------------------------------------------------------------------------------------------------- masks and flow
 
 
-def num_taps(mask_type: str, size: int) -> int:
-    """How many weights of a size x size kernel a causal mask leaves: the first ones in raster order."""
-    if mask_type not in ("A", "B"):
-        raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
-    return size * size // 2 + (mask_type == "B")
-
-
 def causal_mask(mask_type: str, size: int) -> Tensor:
     """PixelCNN's mask (van den Oord et al. 2016, arXiv:1601.06759), [size, size]: 1 where a weight may stay.
 
     In raster order a position sees the rows above and what is to its left; "B" sees itself too, "A" does not.
     """
+    if mask_type not in ("A", "B"):
+        raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
     mask = torch.zeros(size * size)
-    mask[: num_taps(mask_type, size)] = 1
+    mask[: size * size // 2 + (mask_type == "B")] = 1
     return mask.view(size, size)
 
 
@@ -424,7 +420,6 @@ class MaskedConv2d(nn.Conv2d):
     def __init__(self, mask_type: str, in_channels: int, out_channels: int, size: int):
         super().__init__(in_channels, out_channels, size, padding=size // 2)
         self.register_buffer("mask", causal_mask(mask_type, size))
-        self.num_taps = num_taps(mask_type, size)
 
     def kernel(self) -> Tensor:
         """The weights in effect, [out_channels, in_channels, size, size]."""
@@ -436,7 +431,7 @@ class MaskedConv2d(nn.Conv2d):
     def at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """`forward(x)` at P positions only: x [B, C, H, W], rows and columns int64 [P] -> [B, out_channels, P, 1]."""
         size, half = self.kernel_size[0], self.kernel_size[0] // 2
-        taps = torch.arange(self.num_taps, device=x.device)
+        taps = torch.arange(size * size // 2 + 1, device=x.device)  # to the centre, whose weight is 0 under mask A
         i, j = taps // size, taps % size  # each [T]
         seen = F.pad(x, (half, half, half, half))[:, :, rows[:, None] + i, columns[:, None] + j]  # (B, C, P, T)
         out = torch.einsum("bcpt,oct->bop", seen, self.kernel()[:, :, i, j])
@@ -494,7 +489,7 @@ class FlowPrior(Prior):
         about one pass. In float64, so that the order of summation hardly matters.
         """
         first, *residuals, relu, last = float64_copy(self.net)
-        eps64 = to_float64(eps)
+        eps64 = eps.to(first.weight.device).double()  # moved before it is widened: mps has no float64
         z = torch.zeros_like(eps64)
         inputs = [z.new_zeros(len(z), first.out_channels, *z.shape[2:]) for _ in residuals]
         for i, j in wavefronts(z.shape[2], z.shape[3], slope or wavefront_slope(self.net), z.device):
@@ -528,15 +523,11 @@ def wavefronts(height: int, width: int, slope: int, device: Any = "cpu") -> list
     return [torch.tensor(groups[k], device=device).unbind(1) for k in sorted(groups)]
 
 
-def to_float64(x: Tensor) -> Tensor:
-    """x in float64; on the CPU if the device has no float64 (mps), and moved before it is widened."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
 def float64_copy(net: Any) -> Any:
     """A copy of a network in float64; on the CPU if the device has no float64 (mps)."""
     net = copy.deepcopy(net)
-    return (net.cpu() if any(p.device.type == "mps" for p in net.parameters()) else net).double()
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    return (net.cpu() if any(x.device.type == "mps" for x in tensors) else net).double()
 
 
 def check_prior(prior: Prior) -> float:
@@ -1285,7 +1276,7 @@ def progress_bar(*args: Any, **options: Any) -> Any:
     """tqdm's bar in a notebook and on a terminal, in a log a line per minute; one for all processes."""
     if rank_and_world()[0]:
         return tqdm.auto.tqdm(*args, disable=True, **options)
-    if in_kernel() or sys.stderr.isatty():
+    if IN_KERNEL or sys.stderr.isatty():
         return tqdm.auto.tqdm(*args, leave=False, **options)
     return Lines(*args, **{**options, "delay": 60, "mininterval": 60, "miniters": 1})
 
@@ -1572,7 +1563,7 @@ def save_figure(fig: Any, path: Path) -> None:
     fig.savefig(drawn, format="png", dpi=DPI)
     write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG"))
     plt.close(fig)
-    if in_kernel() and not path.name.startswith("."):
+    if IN_KERNEL and not path.name.startswith("."):
         from IPython.display import display  # as plt.show leaves out figures without axes
 
         display(Image.open(drawn))
@@ -1816,7 +1807,6 @@ def launch(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a log shows each line at once; a console without a letter shows a ?
             stream.reconfigure(line_buffering=True, errors="replace")
-    interrupted = "interrupted; the same command with --resume goes on from the last checkpoint, if there is one"
     received: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
@@ -1825,15 +1815,13 @@ def launch(main: Callable[[], None]) -> None:
             signal.setitimer(signal.ITIMER_REAL, 1)
         if len(received) > 1:
             raise SystemExit(128 + received[0])
-        fail(interrupted, 128 + number)
+        fail("interrupted; the same command with --resume goes on from the last checkpoint, if any", 128 + number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM"):  # Windows has the first two; nohup ignores SIGHUP
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), interrupt)
     try:
         main()
-    except KeyboardInterrupt:
-        fail(interrupted, 128 + signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
             raise
@@ -1847,11 +1835,6 @@ def launch(main: Callable[[], None]) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if rank_and_world()[1] > 1:
             dist.destroy_process_group()
-
-
-def in_kernel() -> bool:
-    """Whether this process is a Jupyter or Colab kernel, which shows figures and progress bars."""
-    return "ipykernel" in sys.modules
 
 
 def pasted_into_cell() -> bool:

@@ -86,7 +86,7 @@ def clock(monkeypatch):
     def wait(seconds):
         now[0] += seconds
 
-    monkeypatch.setattr(core, "in_kernel", lambda: False)
+    monkeypatch.setattr(core, "IN_KERNEL", False)
     monkeypatch.setattr(core.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     return wait

@@ -385,7 +385,7 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys, monkeypat
         return main
 
     for error, status, words in (
-        (KeyboardInterrupt(), 130, "--resume"), (MemoryError(), 2, "--batch-size"),
+        (MemoryError(), 2, "--batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "--batch-size"),
         (OSError(28, "No space left on device", "x/metrics.json"), 1, "x/metrics.json: No space left on device"),

@@ -64,7 +64,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("ReLU output as a latent mean", "core.py", "return mu, bounded_log_std(raw) class ConvDecoder", "return mu.relu(), bounded_log_std(raw)\n\n\nclass ConvDecoder"),
     ("mask A sees the centre", "core.py", '+ (mask_type == "B")', "+ 1"),
     ("mask B does not", "core.py", '+ (mask_type == "B")', ""),
-    ("mask reversed", "core.py", "mask[: num_taps(mask_type, size)] = 1", "mask[-num_taps(mask_type, size) :] = 1"),
+    ("mask reversed", "core.py", 'mask[: size * size // 2 + (mask_type == "B")] = 1', 'mask[-(size * size // 2 + (mask_type == "B")) :] = 1'),
     ("mask forgotten", "core.py", "self.weight * self.mask", "self.weight"),
     ("weights overwritten by the mask", "core.py", "return self.weight * self.mask", "return self.weight.data.mul_(self.mask)"),
     ("first layer mask B", "core.py", 'MaskedConv2d("A", channels, width, 3)', 'MaskedConv2d("B", channels, width, 3)'),
@@ -87,7 +87,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("arc without its weight", "q1b.py", "[1 / (3 * nodes)] * nodes", "[1 / nodes] * nodes"),
     ("wavefront slope too small", "core.py", "return 1 + max(", "return max("),
     ("layers' earlier outputs forgotten", "core.py", "x[:, :, i, j] = F.relu(h[..., 0])", "x = torch.zeros_like(x); x[:, :, i, j] = F.relu(h[..., 0])"),
-    ("differences that keep the level", "bonus.py", "/ self.num_taps)", "/ self.mask.numel())"),
+    ("differences that keep the level", "bonus.py", "/ self.mask.sum())", "/ self.mask.numel())"),
     ("information bound without log M", "q1a.py", "own - everyone + math.log(len(z))", "own - everyone"),
     ("free bits charged for", "bonus.py", "kl = kl * (sum_over_processes(kl) / rank_and_world()[1] > self.free_bits)", "pass"),
     ("blind term in the bound", "bonus.py", "return mixture_log_prob(quantise(x), self.decoder(x, self.decoder.features(z)))", "return mixture_log_prob(quantise(x), self.decoder.rest(self.decoder.features(z)))"),
@@ -121,7 +121,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("verdict without errors", "q2b.py", 'abs(change["bpd"]) > 2 * change["se_bpd"]', "True"),
     ("correlation of a position with itself", "q2b.py", "(z[..., :-1], z[..., 1:])", "(z[..., :-1], z[..., :-1])"),
     ("failures after training swallowed", "core.py", "if failed: fail(", "if False:\n        fail("),
-    ("taps on the CPU", "core.py", "torch.arange(self.num_taps, device=x.device)", "torch.arange(self.num_taps)"),
+    ("taps on the CPU", "core.py", "torch.arange(size * size // 2 + 1, device=x.device)", "torch.arange(size * size // 2 + 1)"),
     ("wavefronts on the CPU", "core.py", "torch.tensor(groups[k], device=device)", "torch.tensor(groups[k], device='cpu')"),
 ]  # fmt: skip
 TOKEN = re.compile(r'"""(?:[^\\]|\\.)*?"""|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'|#[^\n]*|\w+|\s+|.', re.S)
