@@ -4,8 +4,8 @@ Two VAEs with 2-D z ~ N(0, I): decoder N(mu(z), diag sigma(z)^2) (diagonal) and 
 
     ELBO = E[log w]  <=  IWAE-K = E[log (1/K) sum_k w_k]  <=  log p(x),    w_k = p(x, z_k) / q(z_k|x),  z_k ~ q(z|x)
 
-    python q1b.py            ->  results/q1b/report.md
-    python q1b.py --seeds 5  ->  the same, with mean and standard deviation over five seeds
+    python q1b.py             ->  results/q1b/report.md
+    python q1b.py --seeds 20  ->  the same, with mean and standard deviation over twenty seeds
 """
 
 import argparse
