@@ -182,8 +182,9 @@ def report(metrics: dict[str, Any]) -> str:
     highest = max(f["neg_elbo_bpd"] - f["floor_bpd"] for f in final.values())
     return f"""# 1A: when does a VAE put information into its code?
 
-Four VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, {metrics["seconds"]:.0f} s in all on
-{metrics["env"]["device"]}. Unless a column says otherwise, numbers are bits per dimension, on the {data["test"]:,} test
+Four VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
+{sum(curve["seconds"] for curve in metrics["curves"].values()):.0f} s on {metrics["env"]["device"]}.
+Unless a column says otherwise, numbers are bits per dimension, on the {data["test"]:,} test
 points, ± one standard error over them.
 
 ## 1. Loss curves and final losses

@@ -216,8 +216,9 @@ def report(metrics: dict[str, Any]) -> str:
     diagonal, isotropic = final["diagonal"], final["isotropic"]
     return f"""# 1B: three clusters in the plane
 
-Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, {metrics["seconds"]:.0f} s in all on
-{metrics["env"]["device"]}. All numbers are bits per dimension, ± one standard error over points.
+Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
+{sum(curve["seconds"] for curve in metrics["curves"].values()):.0f} s on {metrics["env"]["device"]}.
+All numbers are bits per dimension, ± one standard error over points.
 
 ## 1. Loss curves and final losses
 
