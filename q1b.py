@@ -216,7 +216,7 @@ def report(metrics: dict[str, Any]) -> str:
     diagonal, isotropic = final["diagonal"], final["isotropic"]
     return f"""# 1B: three clusters in the plane
 
-Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
+Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained after a short run in
 {sum(curve["seconds"] for curve in metrics["curves"].values()):.0f} s on {metrics["env"]["device"]}.
 All numbers are bits per dimension, ± one standard error over points.
 
