@@ -59,10 +59,16 @@ def results(folder, script):
 
 
 def nowhere(folder):
-    """Settings that a plain matplotlib fails with, and a terminal without letters beyond ASCII."""
+    """Settings that a plain matplotlib fails with, a terminal without letters beyond ASCII, and a torchvision that
+
+    raises when it is imported, as one that was built for another torch does.
+    """
     (folder / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\nonsense\nfont.family: nothing\n")
-    backend = "module://no_such_backend"
-    return {"MATPLOTLIBRC": str(folder / "matplotlibrc"), "MPLBACKEND": backend, "PYTHONIOENCODING": "ascii"}
+    (folder / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    return {
+        "MATPLOTLIBRC": str(folder / "matplotlibrc"), "MPLBACKEND": "module://no_such_backend",
+        "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(folder),
+    }  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,7 @@
 """Questions 1A and 1B: their points, true densities and closed forms, and what the experiments say of known models."""
 
+import argparse
+import itertools
 import math
 
 import numpy as np
@@ -157,6 +159,30 @@ def test_1b_bounds_of_more_samples_are_no_lower_on_the_same_samples():
     assert found["neg_iwae100_bpd"] == pytest.approx(above[100] + floor)
     assert found["elbo_gap_bpd"] == pytest.approx(above[1] - above[100])
     assert 1 <= found["effective_samples_of_100"] <= 100
+
+
+def test_1b_the_short_run_lays_the_clusters_side_by_side_along_z1(tmp_path):
+    points, labels = q1b.make_points()
+    splits = core.split_points("three clusters", points[:6000]).splits
+    settings = dict(epochs=50, batch_size=200, lr=1.5e-3, seed=1, resume=False)
+
+    def separated(model):
+        """The fraction of training points that two cuts through z1 give to their clusters."""
+        order = model.encoder(splits["train"])[0][:, 0].argsort().numpy()
+        count = np.cumsum(np.eye(3)[labels[order]], 0)  # of each cluster up to a cut
+        best = 0
+        for a, b, c in itertools.permutations(range(3)):
+            first_cut = np.maximum.accumulate(count[:, a] - count[:, b])
+            best = max(best, (first_cut + count[:, b] - count[:, c]).max() + count[-1, c])
+        return best / len(order)
+
+    run = q1b.short_run(splits, argparse.Namespace(**settings, device="cpu"), tmp_path / "short_run.pt")
+    assert separated(run) > 0.98
+    torch.manual_seed(1)  # control: the same, but z2 has a weight from the start
+    mlp = [core.GaussianMLP(q1b.HIDDEN, torch.nn.ReLU, n) for n in (2, 1)]
+    control, rates = core.VAE(*mlp, core.StandardNormal((2,))), dict(muon_lr=q1b.SHORT_MUON_LR, kl_warmup=q1b.WARMUP)
+    core.fit(control, splits, **settings | {"epochs": 10}, **rates)
+    assert separated(control) < 0.9
 
 
 def test_1b_the_diagonal_model_starts_as_the_isotropic_one():

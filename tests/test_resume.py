@@ -27,7 +27,7 @@ import torch
 
 import core
 import q2a
-from conftest import ROOT, results, run
+from conftest import ROOT, results
 
 KILLS = int(os.environ.get("KILLS", 20))
 SIZES = {  # epochs, and arguments that keep a run short; the longest first, for the pool
@@ -315,18 +315,6 @@ def assert_made_up_for(folder):
     metrics = results(folder, "")
     assert metrics["failed"] == {} and {path.name for path in folder.glob("*.png")} == DRAWN
     assert "Missing" not in (folder / "report.md").read_text("utf-8")
-
-
-def test_without_torchvision_other_data_than_svhn_need_nothing_of_it(tmp_path):
-    """A torchvision that raises when it is imported, as one that was built for another torch does."""
-    stub = tmp_path / "stub" / "torchvision"
-    stub.mkdir(parents=True)
-    (stub / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    flags = ["--smoke", "--device", "cpu", "--limit", "20", "--out", str(tmp_path)]
-    command = f"import core, q2a; core.launch(lambda: q2a.main({flags}) or q2a.main([*{flags}, '--data', 'svhn']))"
-    done = run("-c", command, PYTHONPATH=str(stub.parent))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "torchvision::nms" in done.stderr
-    assert_made_up_for(tmp_path / "smoke/q2a")
 
 
 def test_a_machine_that_cannot_draw_says_so_before_training(tmp_path, monkeypatch, capsys):

@@ -430,6 +430,19 @@ def test_offline_svhn_says_what_is_missing(tmp_path, offline, capsys):
     assert all(word in message for word in ("train_32x32.mat", "test_32x32.mat", "--data synthetic"))
 
 
+def test_without_torchvision_only_svhn_is_missing(tmp_path, monkeypatch, capsys):
+    """The runs of all scripts had no torchvision: see `nowhere`."""
+    stub = tmp_path / "torchvision.py"
+    stub.write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stop:
+        core.load_svhn(tmp_path)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "torchvision::nms" in message
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_pasted_into_a_notebook_waits_for_main(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "/x/kernel.json"])
