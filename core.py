@@ -1693,9 +1693,9 @@ def codecs_text(metrics: dict[str, Any], colours_apart: bool) -> str:
     text = f"""**A test image costs at most {bound:.3f} bits/dim, which is {side} {best}.** Lossless files of the first
 test images (1,000 at most), headers and all, take {listed} bits/dim."""
     if side == "above" and colours_apart:
-        text += """ Those codecs predict a pixel from its neighbours and a colour from
-the other two. This decoder, once it has z, codes every pixel and every colour apart: what neighbours share has to be
-in z, or is paid for again at each pixel."""
+        text += """ Those codecs predict a pixel from its
+neighbours, WebP also one colour from another. This decoder, once it has z, codes every pixel and every colour apart:
+what neighbours share has to be in z, or is paid for again at each pixel."""
     return text
 
 

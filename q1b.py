@@ -216,8 +216,9 @@ def report(metrics: dict[str, Any]) -> str:
     diagonal, isotropic = final["diagonal"], final["isotropic"]
     return f"""# 1B: three clusters in the plane
 
-Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained after a short run in
-{sum(curve["seconds"] for curve in metrics["curves"].values()):.0f} s on {metrics["env"]["device"]}.
+Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
+{sum(curve["seconds"] for curve in metrics["curves"].values()):.0f} s on {metrics["env"]["device"]}, after a short run
+that is not counted.
 All numbers are bits per dimension, ± one standard error over points.
 
 ## 1. Loss curves and final losses

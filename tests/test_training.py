@@ -123,11 +123,12 @@ def test_fit_keeps_the_earlier_weights_when_validation_only_gets_worse():
     model, splits = point_model(), point_splits()
     train(model, splits, epochs=5)
     best = {k: v.clone() for k, v in model.state_dict().items()}
-    splits["train"] = splits["train"] * 30  # now training leads away from validation
+    splits["train"] = splits["test"] = splits["train"] * 30  # now training leads away from validation, to test
     curves = train(model, splits, epochs=1, lr=0.05, schedule="constant")
     assert curves["best_epoch"] == curves["best_step"] == 0
     assert all(torch.equal(v, best[k]) for k, v in model.state_dict().items())
     assert min(curves["valid"]["neg_elbo_bpd"][1:]) > curves["valid"]["neg_elbo_bpd"][0]
+    assert curves["test"]["neg_elbo_bpd"][-1] < curves["test"]["neg_elbo_bpd"][0]  # whoever chose by test would not
 
 
 def test_fit_of_zero_epochs_changes_nothing():

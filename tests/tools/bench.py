@@ -323,7 +323,7 @@ def report(metrics):
     env = metrics["env"]
     text = f"""# Speed
 
-{env["device"]}, {env["threads"]} threads, torch {env["torch"]}; medians of several rounds in one run of
+{env["device"]}, threads: {env["threads"]}, torch {env["torch"]}; medians, of rounds or of seeds, in one run of
 {metrics["seconds"]:.0f} s.
 """
     if "steps" in metrics:

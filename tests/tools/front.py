@@ -84,7 +84,7 @@ def main():
         codes = model.encoder(core.bin_centres(shown))[0]
         draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
         images = {
-            axes[0, 2]: ("bonus: images, 3 draws of z each", torch.cat([shown, *draws])),
+            axes[0, 2]: ("bonus: images, 3 drawn from z each", torch.cat([shown, *draws])),
             axes[1, 0]: ("test images", test[: COLUMNS * COLUMNS]),
         }
         for ax, script, name in ((axes[1, 1], "q2a", "2a: samples, N(0, I)"), (axes[1, 2], "q2b", "2b: samples, flow")):
