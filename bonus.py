@@ -54,9 +54,9 @@ def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels:
     """
     step, sharpness = 2 / num_levels, torch.exp(-log_scale)
     a, b = ((levels * step - 1 - mu) * sharpness, ((levels + 1) * step - 1 - mu) * sharpness)
-    inside = F.logsigmoid(b) + F.logsigmoid(-a) + torch.log(-torch.expm1(-step * sharpness))
-    edges = torch.where(levels == 0, F.logsigmoid(b), F.logsigmoid(-a))
-    return torch.where((levels == 0) | (levels == num_levels - 1), edges, inside)
+    up_to_b, from_a = F.logsigmoid(b), F.logsigmoid(-a)  # log probabilities of all levels on that side
+    inside = up_to_b + from_a + torch.log(-torch.expm1(-step * sharpness))
+    return torch.where(levels == 0, up_to_b, torch.where(levels == num_levels - 1, from_a, inside))
 
 
 def split_params(params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("information bound without log M", "q1a.py", "own - everyone + math.log(len(z))", "own - everyone"),
     ("free bits charged for", "bonus.py", "kl = kl * (sum_over_processes(kl) / rank_and_world()[1] > self.free_bits)", "pass"),
     ("blind term in the bound", "bonus.py", "return mixture_log_prob(quantise(x), self.decoder(x, self.decoder.features(z)))", "return mixture_log_prob(quantise(x), self.decoder.rest(self.decoder.features(z)))"),
-    ("logistic without its tails", "bonus.py", "torch.where((levels == 0) | (levels == num_levels - 1), edges, inside)", "inside"),
+    ("logistic without its tails", "bonus.py", "return torch.where(levels == 0, up_to_b, torch.where(levels == num_levels - 1, from_a, inside))", "return inside"),
     ("logistic bins half as wide", "bonus.py", "torch.expm1(-step * sharpness)", "torch.expm1(-step * sharpness / 2)"),
     ("colours in the wrong order", "bonus.py", "torch.stack([torch.zeros_like(c0), c0 * r, c1 * r + c2 * g], 2)", "torch.stack([c0 * g, torch.zeros_like(c0), c1 * r + c2 * g], 2)"),
     ("sampled colours forget the colour before", "bonus.py", "g = colour(1, c[0] * (r - mu[0]))", "g = colour(1, torch.zeros_like(mu[1]))"),
