@@ -500,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     table = "epochs of each row of the receptive-field table (default: a fifth of --epochs); 0: no table"
     add("--table-epochs", type=number(int, 0, 10**9), help=table)
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
-    trained = load_trained(args, "bonus", SHAPE) if args.evaluate else None
+    trained = load_trained(args, "bonus") if args.evaluate else None
 
     # 1. Data and model.
     data = load_images(args)

@@ -1350,10 +1350,14 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
         write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_trained(args: argparse.Namespace, script: str, flags: tuple[str, ...]) -> dict[str, Any]:
-    """The checkpoint that --evaluate names: curves, weights (state), finished. Its flags that shape the model hold."""
+# What --evaluate takes from its own command line; all other arguments are those that trained the checkpoint.
+EVALUATION_ARGS = {"evaluate", "samples", "data", "data_root", "limit", "device", "precision", "out", "smoke"}
+
+
+def load_trained(args: argparse.Namespace, script: str) -> dict[str, Any]:
+    """The checkpoint that --evaluate names: curves, weights (state), finished. Its arguments are put into args."""
     saved = read_checkpoint(Path(args.evaluate), ("args", "state", "curves", "finished"), script)
-    vars(args).update({name: saved["args"][name] for name in (*flags, "seed")})  # the seed may split the data
+    vars(args).update({k: v for k, v in saved["args"].items() if k not in EVALUATION_ARGS})
     return saved
 
 

@@ -87,7 +87,7 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
 @gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
     args, out = parse_args(ImageParser("q2a"), argv, DEFAULTS, SMOKE)
-    trained = load_trained(args, "q2a", ("latents",)) if args.evaluate else None
+    trained = load_trained(args, "q2a") if args.evaluate else None
 
     # 1. Data and model.
     data = load_images(args)

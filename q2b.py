@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ImageParser("q2b")
     parser.add_argument("--compare", action="store_true", help="train 2a with the same arguments first")
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
-    trained = load_trained(args, "q2b", ("latents",)) if args.evaluate else None
+    trained = load_trained(args, "q2b") if args.evaluate else None
 
     # 1. Data and models. A comparison that cannot be made is refused before anything is trained.
     data = load_images(args)

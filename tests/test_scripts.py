@@ -210,6 +210,7 @@ def test_evaluate_gives_the_trained_models_bound_on_any_file_and_trains_nothing(
     expected = reported["final"]["test"]["neg_elbo_bpd"]
     assert metrics["final"]["test"]["neg_elbo_bpd"] == pytest.approx(expected, abs=1e-5)
     assert metrics["check_prior_nats"] < 1e-6 and metrics["failed"] == {} and metrics["finished"] is True
+    assert all(metrics["args"][name] == reported["args"][name] for name in ("epochs", "batch_size", "latents", "seed"))
     assert without_seconds(metrics["curves"]) == without_seconds(reported["curves"])
     report = (tmp_path / script / "evaluate" / "report.md").read_text("utf-8")
     assert f"{expected:.4f} ±" in report and "was not finished" not in report
