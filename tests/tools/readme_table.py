@@ -28,9 +28,8 @@ SHORT_COLUMNS = ("question, model", "data", "−ELBO, bits/dim", "file on disk, 
 SHORT_HEAD = f"| {' | '.join(SHORT_COLUMNS)} |\n{'|---' * len(SHORT_COLUMNS)}|\n"
 SHORT_MODELS = ("data1_diagonal", "data2_diagonal", "diagonal", "isotropic")  # of 1A and 1B
 SHORT_DATA = ", at most 4000 training images"  # of the image models
-BEFORE_MUON = {"muon_lr": 0.0, "schedule": "one-cycle"}  # how runs were trained that do not say
 DEFAULTS = {module.__name__: module.DEFAULTS for module in (q1a, q1b, q2a, q2b, bonus)}
-UNSAID = ("out", "device", "smoke", "evaluate", "samples", "data_root", "resume", "compile")  # compile: of older runs
+UNSAID = ("out", "device", "smoke", "evaluate", "samples", "data_root", "resume")
 
 
 def command(metrics):
@@ -39,8 +38,7 @@ def command(metrics):
     defaults |= {"precision": "fp32"} if metrics["script"] in ("q1a", "q1b") else {}
     defaults |= {"handout": False, "table_epochs": None} | DEFAULTS[metrics["script"]]
     flags = [f"{metrics['script']}.py"]
-    args = (BEFORE_MUON if "data" in metrics["args"] else {}) | metrics["args"]
-    for name, value in args.items():
+    for name, value in metrics["args"].items():
         if name not in (*UNSAID, "compare" if metrics["script"] == "q2a" else "") and value != defaults.get(name):
             flags.append(f"--{name.replace('_', '-')}")
             flags += [] if value is True else [Path(value).name if name == "data" else f"{value}"]
@@ -48,11 +46,10 @@ def command(metrics):
 
 
 def seconds(metrics):
-    """Of training alone; of the whole script where an older run does not say."""
+    """Of training: of all models of 1A and 1B."""
     curves = metrics["curves"]
-    parts = [curves] if "seconds" in curves else list(curves.values())
-    known = [part["seconds"] for part in parts if isinstance(part, dict) and "seconds" in part]
-    return f"{sum(known):,.0f}" if known else f"{metrics['seconds']:,.0f} (script)"
+    parts = [curves] if "seconds" in curves else curves.values()
+    return f"{sum(part['seconds'] for part in parts):,.0f}"
 
 
 def bound_cell(bounds):
