@@ -54,7 +54,7 @@ def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels:
     """
     step, sharpness = 2 / num_levels, torch.exp(-log_scale)
     a, b = ((levels * step - 1 - mu) * sharpness, ((levels + 1) * step - 1 - mu) * sharpness)
-    up_to_b, from_a = F.logsigmoid(b), F.logsigmoid(-a)  # log probabilities of all levels on that side
+    up_to_b, from_a = F.logsigmoid(b), F.logsigmoid(-a)  # log P of this level and all below; and all above
     inside = up_to_b + from_a + torch.log(-torch.expm1(-step * sharpness))
     return torch.where(levels == 0, up_to_b, torch.where(levels == num_levels - 1, from_a, inside))
 

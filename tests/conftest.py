@@ -59,10 +59,7 @@ def results(folder, script):
 
 
 def nowhere(folder):
-    """Settings that a plain matplotlib fails with, a terminal without letters beyond ASCII, and a torchvision that
-
-    raises when it is imported, as one that was built for another torch does.
-    """
+    """Settings that a plain matplotlib fails with, a terminal of ASCII alone, and a torchvision for another torch."""
     (folder / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\nonsense\nfont.family: nothing\n")
     (folder / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     return {

@@ -10,7 +10,6 @@ from PIL import Image
 
 import bonus
 import q1b
-import q2a
 import q2b
 from conftest import ROOT, SCRIPTS, results
 from tools import bench, codec, mutants, readme_table
@@ -38,14 +37,14 @@ def test_commands_are_found_wherever_the_readme_has_them():
 
 @pytest.mark.parametrize(("script", "flags"), commands_of_scripts())
 def test_every_command_runs_at_smoke_size(script, flags, smoke, tmp_path, monkeypatch, unsaved):
-    """Without figures, which --smoke alone draws too. Names of files stand for files that are made here."""
+    """Of a bonus or a comparison no figures are drawn. Names of files stand for files that are made here."""
     monkeypatch.chdir(tmp_path)
     images = np.random.RandomState(0).randint(0, 256, (40, 32, 32, 3), dtype=np.uint8)
     np.savez("FILE.npz", images=images)
     (tmp_path / "FOLDER").mkdir()
     for k, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / "FOLDER" / f"{k}.png")
-    for module in (bonus, q2a, q2b):
+    for module in (bonus, q2b):
         if "--samples" not in flags:
             monkeypatch.setattr(module, "draw_figures", lambda *_: None)
     monkeypatch.setattr(q1b, "DRAWS", 2000)

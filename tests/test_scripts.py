@@ -18,7 +18,7 @@ import core
 import q1a
 import q2a
 import q2b
-from conftest import ROOT, SCRIPTS, results, run
+from conftest import ROOT, SCRIPTS, nowhere, results, run
 
 FIGURES = {
     "q1a": {"curves", "samples", "evidence"}, "q1b": {"curves", "samples", "latents", "iwae"},
@@ -433,8 +433,7 @@ def test_offline_svhn_says_what_is_missing(tmp_path, offline, capsys):
 
 def test_without_torchvision_only_svhn_is_missing(tmp_path, monkeypatch, capsys):
     """The runs of all scripts had no torchvision: see `nowhere`."""
-    stub = tmp_path / "torchvision.py"
-    stub.write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    nowhere(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
