@@ -69,40 +69,63 @@ def nowhere(folder):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that wait for what is made in the background come last: those of smoke runs, then those marked `last`."""
-    items.sort(key=lambda item: 2 if item.get_closest_marker("last") else int("smoke" in item.fixturenames))
+    """Tests that wait for what is made in the background come last, in the order in which it is made."""
+
+    def turn(item):
+        if item.get_closest_marker("last"):
+            return 3
+        return 2 if "two_processes" in item.fixturenames else int("smoke" in item.fixturenames)
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def smoke_runs(request, tmp_path_factory):
-    """{script: its --smoke run, by the README's command}, made one after the other beside the tests without them.
+def background(request, tmp_path_factory):
+    """What takes long in processes of its own, made one after the other beside the tests that do not wait for it.
 
-    In an environment that asks for what is not there (`nowhere`). The runs' processes are stopped if the tests are.
+    {name: (folder, future)} of the scripts' --smoke runs, by the README's command, in an environment that asks for what
+    is not there (`nowhere`), and of two_processes.py under torchrun. All of it is stopped if the tests are.
     """
+    fixtures = {name for item in request.session.items for name in item.fixturenames}
     environment = os.environ | nowhere(tmp_path_factory.mktemp("settings"))
-    out, running = tmp_path_factory.mktemp("Größe"), []
+    smoke, two, running = tmp_path_factory.mktemp("Größe"), tmp_path_factory.mktemp("two"), []
 
-    def smoke_run(script):
-        command = [sys.executable, f"{script}.py", "--smoke", "--device", "cpu", "--out", str(out)]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True))
+    def made(*command, **options):
+        command = [sys.executable, *map(str, command)]
+        running.append(subprocess.Popen(command, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, **options))
         printed, errors = running[-1].communicate()
-        assert running[-1].returncode == 0, errors
-        return printed
+        return subprocess.CompletedProcess(command, running[-1].returncode, printed, errors)
 
-    wanted = any("smoke" in item.fixturenames for item in request.session.items)
-    pool = ThreadPoolExecutor(1)
-    # 2b compares itself with 2a, which has to be there first.
-    yield out, {script: pool.submit(smoke_run, script) for script in ("q2a", "q2b", "q1a", "bonus", "q1b") if wanted}
+    pool, futures = ThreadPoolExecutor(1), {}
+    if "smoke" in fixtures:
+        for script in ("q2a", "q2b", "q1a", "bonus", "q1b"):  # 2b compares itself with 2a, which has to be there first
+            command = (f"{script}.py", "--smoke", "--device", "cpu", "--out", smoke)
+            futures[script] = smoke, pool.submit(made, *command, env=environment)
+    if "two_processes" in fixtures:
+        command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "tests/two_processes.py", two)
+        futures["two_processes"] = two, pool.submit(made, *command)
+    yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     for process in running:
         process.kill()
 
 
 @pytest.fixture(scope="session")
-def smoke(smoke_runs):
+def smoke(background):
     """Of one --smoke run of every script: the folder of results, and what was printed. Tests do not write into it."""
-    out, runs = smoke_runs
-    return out / "smoke", {script: run.result() for script, run in runs.items()}
+    printed = {}
+    for script in SCRIPTS:
+        out, run = background[script][0], background[script][1].result()
+        assert run.returncode == 0, run.stderr
+        printed[script] = run.stdout
+    return out / "smoke", printed
+
+
+@pytest.fixture(scope="session")
+def two_processes(background):
+    """The folder of two_processes.py, and its process."""
+    out, run = background["two_processes"]
+    return out, run.result()
 
 
 @pytest.fixture

@@ -2,47 +2,18 @@
 
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from conftest import ROOT
-
-FLAGS = ["--smoke", "--device", "cpu", "--epochs", "2", "--precision", "fp32", "--muon-lr", "0", "--lr", "2e-4"]
-RUNS = {  # of the bonus no samples are drawn, which takes most of the time; those of 2b are drawn by two processes too
-    "q2b": [],
-    "bonus": ["--limit", "32", "--free-bits", "0.05", "--table-epochs", "0", "--receptive-field", "1"],
-}
-PROGRAM = """import sys
-import core, q2a, q2b, bonus
-bonus.draw_figures = lambda *args: None
-out = ["--out", sys.argv[1]]
-try:
-    q2a.main(["--smoke", "--batch-size", "15", *out])
-except SystemExit as stop:
-    print("status", stop.code)
-"""
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """Two processes, first with a batch that cannot be shared, then as the scripts run: the folder, and the process."""
-    folder = tmp_path_factory.mktemp("two")
-    mains = ", ".join(f"{script}.main({[*FLAGS, *more]} + out)" for script, more in RUNS.items())
-    (folder / "program.py").write_text(f"{PROGRAM}core.launch(lambda: ({mains}))\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", folder / "program.py", folder]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return folder, subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+from two_processes import RUNS
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_two_processes_train_as_one(script, two, tmp_path, undrawn):
-    folder, run = two
-    importlib.import_module(script).main([*FLAGS, *RUNS[script], "--out", str(tmp_path)])
+def test_two_processes_train_as_one(script, two_processes, tmp_path, undrawn):
+    folder, run = two_processes
+    importlib.import_module(script).main([*RUNS[script], "--out", str(tmp_path)])
     assert run.returncode == 0, run.stderr
     folders = [tmp_path / "smoke" / script, folder / "smoke" / script]
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
@@ -61,8 +32,8 @@ def test_two_processes_train_as_one(script, two, tmp_path, undrawn):
     assert all((states[0][k] - states[1][k]).abs().max() < 2e-3 for k in states[0])
 
 
-def test_what_cannot_be_shared_is_refused_in_one_line(two, tmp_path, monkeypatch, capsys):
-    folder, run = two
+def test_what_cannot_be_shared_is_refused_in_one_line(two_processes, tmp_path, monkeypatch, capsys):
+    folder, run = two_processes
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "--batch-size 15 cannot be shared evenly by 2" in lines[0] and "status 2" in run.stdout
     assert not (folder / "smoke" / "q2a").exists()
