@@ -583,7 +583,7 @@ def split_points(name: str, points: np.ndarray) -> Data:
 
 def load_images(args: argparse.Namespace) -> Data:
     """The images that --data names, as splits uint8 [N, 3, 32, 32]; under --limit N, N, N/10 and N/10 of them."""
-    limited = args.limit and (args.limit, max(1, args.limit // 10), max(1, args.limit // 10))
+    limited = args.limit and (args.limit, args.limit // 10, args.limit // 10)
     if args.data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(args.data_root))
     elif args.data == "synthetic":
@@ -667,11 +667,6 @@ def split_of(key: str) -> str:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz (or npy) file that may be images; labels, which have fewer dimensions, are left out."""
-    hints = {
-        ".mat": f"for SVHN's own files: --data svhn --data-root {path.parent}",
-        **dict.fromkeys((".png", ".jpg", ".jpeg"), f"for a folder of images: --data {path.parent}"),
-    }
-    hint = hints.get(path.suffix.lower(), "np.savez('images.npz', images=x) makes one, x uint8 [N, height, width, 3]")
     try:
         if path.suffix.lower() not in (".npz", ".npy"):
             raise ValueError(f"a {path.suffix} file" if path.exists() else "there is no such file")
@@ -679,7 +674,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         arrays = {"images": file} if isinstance(file, np.ndarray) else {key: file[key] for key in file.files}
     except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
         reason = getattr(error, "strerror", None) or error
-        fail(f"--data {path}: not svhn, synthetic, a folder of images or a readable npz file ({reason}); {hint}")
+        fail(
+            f"--data {path}: not svhn, synthetic, a folder of images or a readable npz file ({reason}); "
+            "np.savez('images.npz', images=x) makes one, x uint8 [N, height, width, 3]; "
+            f"SVHN's own .mat files: --data svhn --data-root {path.parent}"
+        )
     return {key: x for key, x in arrays.items() if x.ndim > 2 or (x.ndim == 2 and x.shape[1] == 3072)}
 
 
@@ -1251,7 +1250,7 @@ def write_curves(path: Path, curves: dict[str, Any]) -> None:
     columns = {"step": curves["step"], "epoch": curves["epoch"]}
     columns |= {f"{split}_{key}": curves[split][key] for split, key in itertools.product(SPLITS, CURVE_KEYS)}
     *earlier, row = [",".join(map(str, row)) + "\n" for row in (columns, *zip(*columns.values(), strict=True))]
-    with going_on(table):
+    with attempt(f"a new row of {table}", {}):
         if not table.exists() or table.read_text() != "".join(earlier):  # the first look, or the first after --resume
             write_whole(table, lambda file: file.write("".join(earlier).encode()))
         with open(table, "a") as file:
@@ -1343,10 +1342,10 @@ def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimisers
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """torch.save, in memory first: a file system that fails does so in one place, `write_whole`."""
+    """torch.save, in memory first. On a full disk a line says so, the checkpoint before stays, and the run goes on."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
-    with going_on(path):
+    with attempt(f"a new {path}", {}):
         write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -1413,10 +1412,9 @@ def prepare(out: Path, args: argparse.Namespace, examples: int) -> None:
     if not getattr(args, "evaluate", None):
         whole_batches(examples, args.batch_size)
     claim(out, args.resume)
-    trial = out / ".trial.png"
     with attempt("a trial figure", {}):
-        save_figure(plt.figure(), trial)
-    trial.unlink(missing_ok=True)
+        plt.figure().savefig(io.BytesIO())
+        plt.close()
 
 
 LOCKED: dict[Path, int] = {}  # folders that this process writes into, each with its descriptor
@@ -1436,7 +1434,6 @@ def claim(out: Path, resume: bool) -> None:
     if not resume and earlier_run:
         if (out / "evaluate").exists():  # another process may be writing there
             lock(out / "evaluate")
-            unlock(out / "evaluate")
         numbered = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
         earlier = next(path for path in numbered if not path.exists())
         out.rename(earlier)
@@ -1448,24 +1445,18 @@ def claim(out: Path, resume: bool) -> None:
 
 def lock(folder: Path) -> None:
     """A lock on the folder until main or this process ends; nothing where there are no locks, as on Windows."""
-    unlock(folder)  # of an earlier run in this process, a notebook
-    if os.name != "posix":
+    if os.name != "posix" or folder in LOCKED:
         return
     import fcntl  # of Unix alone
 
-    LOCKED[folder] = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(LOCKED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another run, or a notebook's, is writing into {folder}: wait for its end, or choose another --out")
     except OSError:  # a network file system without locks
         pass
-
-
-def unlock(folder: Path) -> None:
-    """The end of this process's `lock`, if it has one."""
-    if folder in LOCKED:
-        os.close(LOCKED.pop(folder))
+    LOCKED[folder] = descriptor
 
 
 @contextmanager
@@ -1474,8 +1465,8 @@ def gives_folders_back() -> Iterator[None]:
     try:
         yield
     finally:
-        for folder in list(LOCKED):
-            unlock(folder)
+        while LOCKED:
+            os.close(LOCKED.popitem()[1])
 
 
 def make_folder(path: Path) -> Path:
@@ -1506,16 +1497,6 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
-
-
-@contextmanager
-def going_on(path: Path) -> Iterator[None]:
-    """Around what training writes: on a full disk a line says so, what the file held before stays, the run goes on."""
-    try:
-        yield
-    except OSError as error:
-        why = f"({error.strerror}); the one before is kept, the run goes on"
-        print(f"warning: no new {path} {why}", file=sys.stderr)
 
 
 def write_metrics(out: Path, args: argparse.Namespace, metrics: dict[str, Any]) -> None:
@@ -1567,7 +1548,7 @@ def save_figure(fig: Any, path: Path) -> None:
     fig.savefig(drawn, format="png", dpi=DPI)
     write_whole(path, lambda file: Image.open(drawn).convert("RGB").save(file, "PNG"))
     plt.close(fig)
-    if IN_KERNEL and not path.name.startswith("."):
+    if IN_KERNEL:
         from IPython.display import display  # as plt.show leaves out figures without axes
 
         display(Image.open(drawn))
@@ -1811,18 +1792,15 @@ def launch(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a log shows each line at once; a console without a letter shows a ?
             stream.reconfigure(line_buffering=True, errors="replace")
-    received: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
-        received.append(number)
-        if hasattr(signal, "setitimer"):  # once more in a second: Python drops what is raised in a weakref's callback
-            signal.setitimer(signal.ITIMER_REAL, 1)
-        if len(received) > 1:
-            raise SystemExit(128 + received[0])
-        fail("interrupted; the same command with --resume goes on from the last checkpoint, if any", 128 + number)
+        try:
+            fail("interrupted; the same command with --resume goes on from the last checkpoint, if any")
+        finally:  # at once, as a kill does: every file is whole at any moment, and Python may drop an exception here
+            os._exit(128 + number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM"):  # Windows has the first two; nohup ignores SIGHUP
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has the first two; nohup ignores SIGHUP
+        if not IN_KERNEL and hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), interrupt)
     try:
         main()
@@ -1835,8 +1813,6 @@ def launch(main: Callable[[], None]) -> None:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}; what was there before is kept; --resume goes on", 1)
     finally:
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
         if rank_and_world()[1] > 1:
             dist.destroy_process_group()
 
@@ -1913,7 +1889,8 @@ def parse_args(
     args = parser.parse_args(argv)
     script, images = parser.prog.removesuffix(".py"), isinstance(parser, ImageParser)
     out = Path(args.out) / ("smoke" if args.smoke else "") / script
-    args.device = join_processes(choose_device(args.device), alone=not images)
+    args.device = choose_device(args.device)
+    join_processes(args.device, alone=not images)
     resumed = out / "checkpoint.pt" if args.resume else None
     args.precision = choose_precision(args.precision, args.device, resumed) if images else "fp32"
     torch.set_num_threads(THREADS if images else 1)  # question 1's networks are too small to share out
@@ -1935,14 +1912,13 @@ def choose_device(name: str) -> str:
     return name
 
 
-def join_processes(device: str, alone: bool) -> str:
-    """Under torchrun, join the other processes (nccl on GPUs, gloo on CPUs); this one's device.
+def join_processes(device: str, alone: bool) -> None:
+    """Under torchrun, join the other processes: nccl on GPUs, of which each takes its own; gloo on CPUs.
 
-    Each takes a GPU of its own. alone: for scripts that do not share their work.
+    alone: for scripts that do not share their work.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or rank_and_world()[1] > 1:
-        return device
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or rank_and_world()[1] > 1:
+        return
     if alone:
         fail("this script trains in one process: start it with python, not with torchrun")
     if device == "cuda":
@@ -1950,7 +1926,6 @@ def join_processes(device: str, alone: bool) -> str:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if dist.get_rank():
         sys.stdout = io.StringIO()  # rank 0 prints for all
-    return device
 
 
 def choose_precision(name: str, device: str, resumed: Path | None = None) -> str:
