@@ -43,7 +43,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm.auto
-import tqdm.std
 from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
 
@@ -1143,11 +1142,8 @@ def fit(
                 if path:
                     write_curves(path, now.curves)
             if path and (now.step % steps_per_epoch == 0 or time.monotonic() - saved > KEEP_SECONDS):
-                progress = {
-                    **vars(now),
-                    "weights": model.state_dict(),
-                    "optimisers": [o.state_dict() for o in optimisers],
-                }
+                weights, states = model.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
+                progress = {**vars(now), "weights": weights, "optimisers": states}
                 best = {"state": now.best_weights, "curves": now.curves, "finished": now.step == steps}
                 save_checkpoint(path, {**(run or {}), **best, "must_match": must_match, "progress": progress})
                 saved = time.monotonic()
@@ -1257,27 +1253,20 @@ def write_curves(path: Path, curves: dict[str, Any]) -> None:
             file.write(row)
 
 
-class Lines(tqdm.std.tqdm):
-    """tqdm for a log: a line per minute in place of a bar that moves."""
+class LogFile:
+    """What tqdm writes into in a log: each state of a bar becomes a line."""
 
-    def display(self, *args: Any, **options: Any) -> None:
-        seconds = self.format_dict["elapsed"]
-        print(f"{self.desc}: {self.n:,} of {self.total:,} after {self.format_interval(seconds)}", flush=True)
-
-    def clear(self, *args: Any, **options: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        self.disable = True
+    def write(self, text: str) -> None:
+        if text.strip():  # not what moves a cursor or blanks a bar
+            print(text.strip(), flush=True)
 
 
 def progress_bar(*args: Any, **options: Any) -> Any:
     """tqdm's bar in a notebook and on a terminal, in a log a line per minute; one for all processes."""
-    if rank_and_world()[0]:
-        return tqdm.auto.tqdm(*args, disable=True, **options)
-    if IN_KERNEL or sys.stderr.isatty():
-        return tqdm.auto.tqdm(*args, leave=False, **options)
-    return Lines(*args, **{**options, "delay": 60, "mininterval": 60, "miniters": 1})
+    if not IN_KERNEL and not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}"
+        options |= dict(file=LogFile(), bar_format=line, position=0, delay=60, mininterval=60, miniters=1)
+    return tqdm.auto.tqdm(*args, leave=False, disable=rank_and_world()[0] > 0, **options)
 
 
 # Several processes: torchrun starts the same program, with the same random numbers. In training each process takes
@@ -1587,13 +1576,8 @@ def plot_curves(curves: dict[str, Any], title: str, path: Path, floor: dict[str,
         known, apart = floor["scene_known_bpd"], floor["colours_apart_bpd"]
         floors = {"entropy": (known, known + SCENE_COST_BPD), "scene known, colours apart": (apart, apart)}
     draw_curves(axes, curves, floors)
-    fig.suptitle("\n".join(wrapped(title, 100)))
+    fig.suptitle(title, wrap=True)
     save_figure(fig, path)
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """The text's lines, those longer than width letters broken between words."""
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
 
 
 def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
@@ -1602,15 +1586,15 @@ def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path,
     h, w = (max(grid.shape[k] for grid in grids.values()) for k in (0, 1))
     down, across = (len(grids), 1) if stacked else (1, len(grids))
     width = across * (w + 20) + 20
-    lines = wrapped(title, int(width / 9.4))  # pixels per letter
-    height = down * (h + 35) + 20 + 22 * len(lines)
+    title = "\n".join(textwrap.fill(line, int(width / 9.4)) for line in title.splitlines())  # pixels per letter
+    height = down * (h + 35) + 20 + 22 * (title.count("\n") + 1)
     fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     for k, (name, grid) in enumerate(grids.items()):
         row, column = (k, 0) if stacked else (0, k)
         x, y = 20 + column * (w + 20), 15 + (down - 1 - row) * (h + 35)
         fig.figimage(grid, x, y + h - grid.shape[0], origin="upper")
         fig.text(x / width, (y + h + 6) / height, name, fontsize=9)
-    fig.suptitle("\n".join(lines), fontsize=10, y=1 - 8 / height)
+    fig.suptitle(title, fontsize=10, y=1 - 8 / height)
     save_figure(fig, path)
 
 
@@ -1647,57 +1631,55 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
         write_whole(folder / f"{first + k:04d}.png", partial(Image.fromarray(image).save, format="PNG"))
 
 
-def bounds_text(metrics: dict[str, Any]) -> str:
-    """A report's table of the bounds, and what they and their errors are of."""
-    rows = [
-        f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
-        for name, f in metrics["final"].items()
-    ]
-    table = "\n".join(["| split | −ELBO, bits/dim | KL term | decoder term |", "|---|---|---|---|", *rows])
-    draw = metrics.get("test_draw_se_bpd")
-    of_draw = (
-        "" if draw is None else f"\nThe noise, drawn once per image, leaves a further error of {draw:.4f} on test."
-    )
-    return f"""{table}
-
-Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, ± one standard error over images.{of_draw}
-Train stands for its first images, as many as validation has."""
-
-
-def codecs_text(metrics: dict[str, Any], colours_apart: bool) -> str:
-    """A report's answer to what an image costs, beside lossless codecs, and why a model costs more than they.
+def bounds_text(metrics: dict[str, Any], colours_apart: bool) -> str:
+    """A report's answer to what an image costs: beside lossless codecs, on each split, in training, above the floor.
 
     colours_apart: whether the decoder knows nothing of a pixel's neighbours and colours, as that of 2a and 2b.
     """
-    bound, codecs = metrics["final"]["test"]["neg_elbo_bpd"], metrics.get("test_codecs_bpd")
-    if not codecs:
-        return f"**A test image costs at most {bound:.3f} bits/dim.**"
-    best = min(codecs, key=codecs.__getitem__)
+    final, curves, codecs = metrics["final"], metrics["curves"], metrics.get("test_codecs_bpd", {})
+    bound, gap = final["test"]["neg_elbo_bpd"], metrics.get("check_prior_nats", math.nan)
     listed = ", ".join(f"{codec} {bits:.3f}" for codec, bits in codecs.items())
-    side = "above" if bound > codecs[best] else "below"
-    text = f"""**A test image costs at most {bound:.3f} bits/dim, which is {side} {best}.** Lossless files of the first
-test images (1,000 at most), headers and all, take {listed} bits/dim."""
-    if side == "above" and colours_apart:
-        text += """ Those codecs predict a pixel from its
-neighbours, WebP also one colour from another. This decoder, once it has z, codes every pixel and every colour apart:
-what neighbours share has to be in z, or is paid for again at each pixel."""
-    return text
+    cheaper = " and ".join(codec for codec, bits in codecs.items() if bits < bound)
+    why = ""
+    if cheaper and colours_apart:
+        why = f""" The model is above {cheaper}: codecs predict
+a pixel from its neighbours, WebP also one colour from another. This decoder, once it has z, codes every pixel and every
+colour apart: what neighbours share has to be in z, or is paid for again at each pixel."""
+    rows = "\n".join(
+        f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
+        for name, f in final.items()
+    )
+    verdict = " **CHECK FAILED: trust no KL here.**" if gap > 1e-6 else ""
+    return f"""**A test image costs at most {bound:.3f} bits/dim.** Lossless files of the first test images (1,000 at
+most), headers and all, in bits/dim: {listed}.{why}
+
+| split | −ELBO, bits/dim | KL term | decoder term |
+|---|---|---|---|
+{rows}
+
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, ± one standard error over images. The
+noise, drawn once per image, leaves a further error of {metrics.get("test_draw_se_bpd", math.nan):.4f} on test. Train
+stands for its first images, as many as validation has. log p(z) differs by {gap:.1g} nats from what its own sample and
+autograd's Jacobian say.{verdict}
+
+![curves](curves.png)
+
+The curves are of the training that made the weights, on fewer images of each split of its data. The weights kept are
+those of epoch {curves["best_epoch"]:g}, the best on validation. Training steps that were skipped, as loss or gradients
+were not finite: {curves["skipped_steps"]}.
+{floor_text(metrics.get("floor"), colours_apart)}"""
 
 
 def floor_text(floor: dict[str, Any] | None, colours_apart: bool) -> str:
-    """A report's section on the distance from the floor, for synthetic images; else nothing.
-
-    colours_apart: whether the decoder codes a pixel's three colours apart, as that of 2a and 2b does.
-    """
+    """A report's section on the distance from the floor, for synthetic images; else nothing."""
     if not floor:
         return ""
     known, apart = floor["scene_known_bpd"], floor["colours_apart_bpd"]
-    decoder = f"""Its decoder codes a pixel's
-colours together, which apart would cost at least {apart - known:.2f} with a perfect code; what it pays is"""
+    colours = f"""Its decoder codes a pixel's colours together, which apart would cost
+at least {apart - known:.2f} with a perfect code."""
     if colours_apart:
-        decoder = f"""A decoder that
-codes the colours apart pays {apart - known:.2f} of it even with a perfect code, unless the code carries noise; the
-rest is"""
+        colours = f"""A decoder that codes the colours apart pays {apart - known:.2f} of it even
+with a perfect code, unless the code carries noise."""
     return f"""
 ## How far from the floor
 
@@ -1708,50 +1690,21 @@ rest is"""
 | scene known, but each pixel's three colours coded apart | {apart:.4f} |
 | this model's −ELBO | {known + floor["excess_bpd"]:.4f} |
 
-{known:.2f} bits/dim are noise that no model can remove; at most {SCENE_COST_BPD:.2f} say what the picture shows. The
-model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more than the noise (paired by image). {decoder}
-the code's price, what it misses, and training that could go on.
+No model can go below the noise. This model
+pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more than the noise (paired by image). {colours}
+What remains is the code's price, what it misses, and training that could go on.
 """
-
-
-def curves_text(metrics: dict[str, Any]) -> str:
-    """A report's lines below the curves: what they are of, and which weights were kept."""
-    curves = metrics["curves"]
-    what = "The same during training, on fewer images of each split."
-    if metrics["args"]["evaluate"]:
-        what = "The curves of the training that made the checkpoint, on its own data."
-    best = f"The weights kept are those of epoch {curves['best_epoch']:g}, the best on validation."
-    return f"{what} {best}\n{skipped_text(curves['skipped_steps'])}"
-
-
-def skipped_text(skipped: int) -> str:
-    """A report's sentence on the training steps without a finite gradient."""
-    if not skipped:
-        return "Loss and gradients were finite at every training step."
-    return f"At {skipped} training steps loss or gradients were not finite; nothing of their batches was learned."
 
 
 def training_text(metrics: dict[str, Any]) -> str:
     """A report's lines on the data, the model and its training."""
     args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
     sizes = f"{data['train']:,} training, {data['valid']:,} validation and {data['test']:,} test images"
-    epochs = f"{curves['epoch'][-1]:g} epoch{'s' * (curves['epoch'][-1] != 1)}"
-    trained = f"trained for {epochs} in {curves['seconds']:,.0f} s"
     where = f"on {metrics['env']['device']}, {args['precision']} training steps"
     if args["evaluate"]:
-        where = (
-            "by an earlier run" if metrics["finished"] else "by a run that **was not finished**: best weights so far"
-        )
-    return f"Data: {data['name']}: {sizes}.\n{metrics['params']:,} parameters, {trained} {where}."
-
-
-def prior_check_text(gap: float | None) -> str:
-    """A report's verdict on `check_prior`, nats."""
-    if gap is None:
-        return "The check of the prior is missing."
-    if gap > 1e-6:
-        return f"**CHECK FAILED: log p(z) is {gap:.3g} from what its own sample and autograd say; trust no KL here.**"
-    return f"log p(z) agrees with its own sample and with autograd's Jacobian within {max(gap, 1e-12):.0e} nats."
+        where = "by an earlier run" if metrics["finished"] else "by a run that **was not finished**"
+    return f"""Data: {data["name"]}: {sizes}.
+{metrics["params"]:,} parameters, trained to epoch {curves["epoch"][-1]:g} in {curves["seconds"]:,.0f} s {where}."""
 
 
 def seeds_table(seeds: dict[int, Any], values: Callable[[dict[str, Any]], dict[str, float]]) -> str:

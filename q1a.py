@@ -19,7 +19,7 @@ from core import (  # before torch, whose import reads what core has set
     VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run, draw_curves,
     evaluate, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, normal_log_prob,
     number, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table,
-    settings, skipped_text, split_points, standard_error, sum_dims, write_metrics, write_report,
+    settings, split_points, standard_error, sum_dims, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -201,8 +201,8 @@ how much, and its KL beside the least KL whether the code holds more than it has
 The floor is the true density's mean −log p(x) on the same test points; no bound lies under it but by chance. The KL is
 in closed form, the decoder term the mean over 64 draws of z per point, which leave an error of
 {max(f["neg_elbo_mc_se_bpd"] for f in final.values()):.5f} at most. Curves show one draw for the first points of each
-split.
-{skipped_text(sum(curve["skipped_steps"] for curve in metrics["curves"].values()))}
+split. Training steps that were skipped, as loss or gradients were not finite:
+{sum(curve["skipped_steps"] for curve in metrics["curves"].values())}.
 
 ## 2. Samples
 

@@ -18,8 +18,8 @@ from typing import Any
 from core import (  # before torch, whose import reads what core has set
     VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run, draw_curves,
     evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, noise, number,
-    parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table, settings, skipped_text,
-    split_points, standard_error, write_metrics, write_report,
+    parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table, settings, split_points,
+    standard_error, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -239,8 +239,8 @@ first points, as many as test has. Both models start, at epoch 0 of the curves, 
 decoder. In it the KL's weight rose from 0 to 1, and the decoder's weights from z₂ began at 0, so that z₁ was used
 first. Every reported bound has weight 1. The weights kept are those of the best look on validation, at epoch
 {metrics["curves"]["diagonal"]["best_epoch"]:.1f} (diagonal) and {metrics["curves"]["isotropic"]["best_epoch"]:.1f}
-(isotropic). Curves show one draw of z for the first points of each split.
-{skipped_text(sum(curve["skipped_steps"] for curve in metrics["curves"].values()))}
+(isotropic). Curves show one draw of z for the first points of each split. Training steps that were skipped, as loss or
+gradients were not finite: {sum(curve["skipped_steps"] for curve in metrics["curves"].values())}.
 
 ## 2. Samples
 

@@ -1,6 +1,7 @@
 """Properties of core.py: in float64 where the mathematics is exact, each beside a control that shows it can fail."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from core import (
     bits_per_dim, bounded_log_std, causal_mask, density_to_levels, dequantise, evaluate, fixed_noise, iwae,
     kl_per_position, normal_log_prob, quantise, residual_stack, wavefront_slope, wavefronts,
 )  # fmt: skip
-from conftest import Call
+from conftest import ROOT, Call
 
 # --------------------------------------------------------------------------------------------------------- helpers
 
@@ -454,6 +455,10 @@ def test_a_wrong_prior_is_found_by_the_runs_own_check(mistake):
     wrong.load_state_dict(right.state_dict())
     gaps = [core.check_prior(prior) for prior in (right, wrong, StandardNormal((2, 8, 8)), StandardNormal((0, 8, 8)))]
     assert gaps[0] < 1e-9 and gaps[1] > 0.1 and gaps[2] < 1e-9 and gaps[3] == 0
-    texts = [core.prior_check_text(gap) for gap in (*gaps, None)]
-    assert ["CHECK FAILED" in text for text in texts] == [False, True, False, False, False]
-    assert "missing" in texts[-1]
+    metrics = json.loads((ROOT / "results/published/q2b_synthetic_4000/metrics.json").read_text("utf-8"))
+    metrics["curves"]["skipped_steps"] = 3
+    texts = [core.bounds_text(metrics | {"check_prior_nats": gap}, colours_apart=True) for gap in gaps]
+    assert ["CHECK FAILED" in text for text in texts] == [False, True, False, False]
+    assert all("not finite: 3." in " ".join(text.split()) for text in texts)  # the steps that were skipped
+    without = {name: value for name, value in metrics.items() if name not in ("check_prior_nats", "test_codecs_bpd")}
+    assert "differs by nan" in core.bounds_text(without, colours_apart=True)  # the report's first lines say why

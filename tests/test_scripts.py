@@ -370,7 +370,7 @@ def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference():
             if deaf:
                 for parameter in models[-1].encoder.net[-1].parameters():
                     torch.nn.init.zeros_(parameter)
-        found = q2b.compare(*models, test) | {"prior_alone_epochs": 1}
+        found = q2b.compare(*models, test, core.evaluate(models[-1], test)) | {"prior_alone_epochs": 1}
         assert "does not measurably change −ELBO" in q2b.verdict(found)
         assert "does not remove" in " ".join(q2b.comparison_text(found).split())
         if deaf:

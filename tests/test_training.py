@@ -359,7 +359,6 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(precision, tmp_
     few = dict(epochs=2, batch_size=10, lr=1e-2, precision=precision)  # 80 steps
     curves = train(tiny_model(lambda step: step in (3, 4, 50)), splits, **few, path=tmp_path / "a.pt")
     assert curves["skipped_steps"] == 3 and "3 steps skipped so far" in capsys.readouterr().out
-    assert "At 3 training steps" in core.skipped_text(curves["skipped_steps"])
     model = tiny_model(lambda step: step > 60)
     with pytest.raises(SystemExit) as stop:
         train(model, splits, **few, path=tmp_path / "b.pt")
