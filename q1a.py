@@ -58,20 +58,14 @@ def closed_form(covariance: np.ndarray, decoder: str) -> tuple[list[float], floa
 
     The decoder's noise can be any diagonal (or any isotropic) matrix D with covariance - D >= 0, as the code must make
     up the rest; the KL is then the information I(x; z), least for the D of largest determinant. Isotropic: D is the
-    smallest eigenvalue times I. Diagonal, in 2-D: d2 follows from d1 by det(covariance - D) = 0, and d1 by search.
+    smallest eigenvalue times I. Diagonal, in 2-D: the data's variances times 1 - |correlation|.
     """
-    (a, b), (_, c) = covariance
+    variances = np.diag(covariance)
+    noise = variances * (1 - abs(covariance[0, 1]) / math.sqrt(variances.prod()))
     if decoder == "isotropic":
-        variances = [float(np.linalg.eigvalsh(covariance)[0])]
-    elif abs(b) < 1e-9:
-        variances = [a, c]
-    else:
-        d1 = np.linspace(0, a - b**2 / c, 100_001)
-        d2 = c - b**2 / (a - d1)
-        best = (d1 * d2).argmax()
-        variances = [d1[best], d2[best]]
-    det_noise = math.prod(variances if decoder == "diagonal" else variances * 2)
-    return [math.sqrt(v) for v in variances], max(0.0, 0.5 * math.log(np.linalg.det(covariance) / det_noise))
+        noise = np.linalg.eigvalsh(covariance)[:1]
+    det_noise = np.broadcast_to(noise, 2).prod()
+    return np.sqrt(noise).tolist(), max(0.0, 0.5 * math.log(np.linalg.det(covariance) / det_noise))
 
 
 def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +111,7 @@ def look_into_code(model: VAE, x: Tensor, log_p: Tensor) -> dict[str, Any]:
         "shuffling_costs_bpd": cost.mean().item(), "shuffling_costs_se_bpd": standard_error(cost),
         "information_bpd": [bits_per_dim(bound.mean().item(), 2) for bound in information],
         "information_se_bpd": bits_per_dim(standard_error(information[0]), 2),
-        "kl_same_points_bpd": bits_per_dim((kl_i[few].sum(1)).mean().item(), 2),
+        "kl_same_points_bpd": bits_per_dim(kl_i[few].sum(1).mean().item(), 2),
         "decoder_stds": model.decoder(z)[1].exp().mean(0).tolist(),
         "neg_iwae64_minus_floor_bpd": gap.mean().item(), "neg_iwae64_minus_floor_se_bpd": standard_error(gap),
     }  # fmt: skip
@@ -138,32 +132,44 @@ def explained_variance(model: VAE, x: Tensor, covariance: np.ndarray) -> dict[st
     return {"long_axis_r2": r2[0].item(), "short_axis_r2": r2[1].item()}
 
 
+def measure(model: VAE, data_name: str, decoder_name: str, test: Tensor) -> dict[str, Any]:
+    """All that the report says of one model, on the test points [N, 2]."""
+    covariance, (terms, of_draws) = true_covariance(data_name), evaluate_points(model, test)
+    floor_stds, least_kl = closed_form(covariance, decoder_name)
+    floor = true_neg_log_prob(data_name, test.cpu())
+    return {
+        **in_bits(terms, 2),
+        "neg_elbo_mc_se_bpd": bits_per_dim(of_draws, 2),
+        "floor_bpd": bits_per_dim(floor.mean().item(), 2),
+        "neg_elbo_minus_floor_se_bpd": bits_per_dim(standard_error(terms.neg_elbo - floor), 2),
+        "least_kl_bpd": bits_per_dim(least_kl, 2),
+        "floor_stds": floor_stds,
+        **look_into_code(model, test, -floor),
+        **explained_variance(model, test, covariance),
+    }
+
+
 def answer(name: str, f: dict[str, Any]) -> str:
     """Whether this model uses its code, and for what, from what it costs to take the code away."""
     cost, se = f["shuffling_costs_bpd"], f["shuffling_costs_se_bpd"]
     used = cost > max(0.05, 4 * se)
     axes = {"long": f["long_axis_r2"], "short": f["short_axis_r2"]}
     what = " and ".join(f"the {axis} axis ({r2:.1%} of its variance)" for axis, r2 in axes.items() if r2 > 0.1)
-    why = (
-        "the decoder's noise alone can have the shape of the data"
-        if f["least_kl_bpd"] < 0.05
-        else "the decoder's noise cannot have the shape of the data, and a code has to make up the difference"
-    )
+    can = "can" if f["least_kl_bpd"] < 0.05 else "cannot"
     return (
         f"- `{name}` **{'uses its code' if used else 'does not use its code'}**: with another point's z the decoder "
         f"term rises by {cost:.3f} ± {se:.3f} bits/dim. "
         + (f"A linear fit on z explains {what or 'none of the axes'}. " if used else "")
-        + f"At the floor the least KL is {f['least_kl_bpd']:.3f}, as {why}."
+        + f"The decoder's noise alone {can} have the data's shape: the floor needs a KL of {f['least_kl_bpd']:.3f}."
     )
 
 
 def report(metrics: dict[str, Any]) -> str:
     """The deliverables in the handout's order, every number from metrics."""
-    final, data = metrics["final"], metrics["data"]["data1"]
+    final, data, curves = metrics["final"], metrics["data"]["data1"], metrics["curves"].values()
     rows = "\n".join(
         f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} "
-        f"| {f['floor_bpd']:.4f} | {f['neg_elbo_bpd'] - f['floor_bpd']:+.4f} ± {f['neg_elbo_minus_floor_se_bpd']:.4f} "
-        f"| {f['least_kl_bpd']:.4f} |"
+        f"| {f['floor_bpd']:.4f} | {f['neg_elbo_bpd'] - f['floor_bpd']:+.4f} ± {f['neg_elbo_minus_floor_se_bpd']:.4f} |"
         for name, f in final.items()
     )
     used = "\n".join(
@@ -183,17 +189,15 @@ def report(metrics: dict[str, Any]) -> str:
     return f"""# 1A: when does a VAE put information into its code?
 
 Four VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
-{sum(curve["seconds"] for curve in metrics["curves"].values()):.0f} s on {metrics["env"]["device"]}.
-Unless a column says otherwise, numbers are bits per dimension, on the {data["test"]:,} test
-points, ± one standard error over them.
+{sum(curve["seconds"] for curve in curves):.0f} s on {metrics["env"]["device"]}. Numbers are bits per dimension on the
+{data["test"]:,} test points, ± one standard error over them, unless a column says otherwise.
 
 ## 1. Loss curves and final losses
 
-**On test, none of the four is more than {highest:.4f} bits/dim above the true density.** The table says by
-how much, and its KL beside the least KL whether the code holds more than it has to.
+**On test, none of the four is more than {highest:.4f} bits/dim above the true density.** By how much: the last column.
 
-| model | −ELBO | KL term | decoder term | floor: true density | −ELBO − floor, by point | least KL at the floor |
-|---|---|---|---|---|---|---|
+| model | −ELBO | KL term | decoder term | floor: true density | −ELBO − floor, by point |
+|---|---|---|---|---|---|
 {rows}
 
 ![curves](curves.png)
@@ -201,8 +205,7 @@ how much, and its KL beside the least KL whether the code holds more than it has
 The floor is the true density's mean −log p(x) on the same test points; no bound lies under it but by chance. The KL is
 in closed form, the decoder term the mean over 64 draws of z per point, which leave an error of
 {max(f["neg_elbo_mc_se_bpd"] for f in final.values()):.5f} at most. Curves show one draw for the first points of each
-split. Training steps that were skipped, as loss or gradients were not finite:
-{sum(curve["skipped_steps"] for curve in metrics["curves"].values())}.
+split. Training steps skipped, as loss or gradients were not finite: {sum(curve["skipped_steps"] for curve in curves)}.
 
 ## 2. Samples
 
@@ -214,22 +217,20 @@ split. Training steps that were skipped, as loss or gradients were not finite:
 
 ![evidence](evidence.png)
 
-How we know, by experiment on the same test points. A code is used if the decoder term rises with another point's z:
+How we know, by experiment on the same test points: a code counts as used if the decoder term rises by more than 0.05
+bits/dim, and by four standard errors, with another point's z.
 
 | model | KL of each latent, bits | decoder term | with another's z | with z ~ p(z) | decoder stds | at the floor |
 |---|---|---|---|---|---|---|
 {used}
 
-What the code holds: the information I lies at or below the KL, and R² says which axis of the data z follows.
+What the code holds: R² of a linear fit on z says which axis of the data it follows. KL (in closed form), I and IWAE
+are of the first 4,000 test points. I exceeds the KL by chance only; where the two meet within the error, the codes of
+all points together have the prior's distribution.
 
 | model | KL | I(x; z), lower and upper bound | at the floor | long axis R² | short axis R² | −IWAE-64 − floor |
 |---|---|---|---|---|---|---|
 {estimates}
-
-A code counts as used where another point's z costs the decoder more than 0.05 bits/dim and four standard errors. In
-the second table KL (in closed form), I and IWAE are of the first 4,000 test points. I(x; z) never exceeds the KL but by
-chance; where they meet within the error, the codes of all points together have the prior's distribution. R² is of a
-linear fit on z.
 
 "At the floor" is computed from the data's covariance, and is the *least* code. The split is not unique: a decoder with
 less noise and a code that carries more can touch the same floor, and any rotation of z serves as well.
@@ -250,31 +251,12 @@ def numbers(values: list[float], digits: int = 3) -> str:
     return ", ".join(f"{v:.{digits}f}" for v in values)
 
 
-@torch.no_grad()
-def draw_evidence(axes: Any, name: str, model: VAE, x: Tensor, found: dict[str, Any]) -> None:
-    """Above: data coloured by the latent that costs most. Below: mu(z) for z ~ p(z), and the decoder's noise there."""
-    used = int(np.argmax(found["kl_per_latent_bits"]))
-    shown = axes[0].scatter(
-        *x.cpu().numpy().T, c=model.encoder(x)[0][:, used].cpu().numpy(), s=3, linewidths=0, cmap="viridis"
-    )
-    plt.colorbar(shown, ax=axes[0], label=f"mean of z{'₁₂'[used]}", shrink=0.8)
-    mu, log_std = (t.cpu() for t in model.decoder(model.prior.sample(12, fixed_noise("ellipses"))))
-    axes[1].scatter(*x.cpu().numpy().T, s=3, linewidths=0, color="0.85")
-    for centre, std in zip(mu, log_std.exp().expand(-1, 2), strict=True):
-        axes[1].add_patch(Ellipse(centre.tolist(), *(2 * std).tolist(), fill=False, color="C0", lw=1))
-    axes[1].scatter(*mu.numpy().T, s=12, color="C1", zorder=3)
-    axes[0].set_title(f"{name}\nz{'₁₂'[used]} costs {max(found['kl_per_latent_bits']):.2f} bits", fontsize=10)
-    axes[1].set_title("12 draws of z ~ p(z): µ(z) and ± σ(z)", fontsize=10)
-    for ax in axes:
-        ax.set(xlabel="x₁", ylabel="x₂", aspect="equal", xlim=(-17, 19), ylim=(-15, 19))
-
-
-def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], points: dict[str, Tensor], final: dict, path: Any) -> None:
+def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], tests: dict[str, Tensor], final: dict, path: Path) -> None:
     """For each model: the data, x ~ p(x|z) and mu(z) for the same z ~ p(z), with equal axes."""
     fig, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharex=True, sharey=True, layout="constrained")
     for ax, (name, (x, mean)) in zip(axes, samples.items(), strict=True):
         for xy, label, style in (
-            (points[name.split("_")[0]][: len(x)], "test data", dict(color="0.75", s=5)),
+            (tests[name][: len(x)], "test data", dict(color="0.75", s=5)),
             (x, "x ~ p(x|z)", dict(color="C0", s=2)),
             (mean, "µ(z), no decoder noise", dict(color="C1", s=2)),
         ):
@@ -295,41 +277,37 @@ def plot_all_curves(curves: dict[str, Any], final: dict[str, Any], path: Path) -
     save_figure(fig, path)
 
 
+@torch.no_grad()
 def plot_evidence(models: dict[str, VAE], tests: dict[str, Tensor], final: dict[str, Any], path: Path) -> None:
-    """`draw_evidence` for each of the four models."""
+    """Above: data coloured by the latent that costs most. Below: mu(z) for z ~ p(z), and the decoder's noise there."""
     fig, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
-    for column, (name, model) in zip(axes.T, models.items(), strict=True):
-        draw_evidence(column, name, model, tests[name.split("_")[0]][:3000], final[name])
+    for (above, below), (name, model) in zip(axes.T, models.items(), strict=True):
+        x, kl = tests[name][:3000], final[name]["kl_per_latent_bits"]
+        used = int(np.argmax(kl))
+        colours = model.encoder(x)[0][:, used].numpy()
+        shown = above.scatter(*x.numpy().T, c=colours, s=3, linewidths=0, cmap="viridis")
+        plt.colorbar(shown, ax=above, label=f"mean of z{'₁₂'[used]}", shrink=0.8)
+        above.set_title(f"{name}\nz{'₁₂'[used]} costs {kl[used]:.2f} bits", fontsize=10)
+        mu, log_std = model.decoder(model.prior.sample(12, fixed_noise("ellipses")))
+        below.scatter(*x.numpy().T, s=3, linewidths=0, color="0.85")
+        for centre, std in zip(mu, log_std.exp().expand(-1, 2), strict=True):
+            below.add_patch(Ellipse(centre.tolist(), *(2 * std).tolist(), fill=False, color="C0", lw=1))
+        below.scatter(*mu.numpy().T, s=12, color="C1", zorder=3)
+        below.set_title("12 draws of z ~ p(z): µ(z) and ± σ(z)", fontsize=10)
+        for ax in (above, below):
+            ax.set(xlabel="x₁", ylabel="x₂", aspect="equal", xlim=(-17, 19), ylim=(-15, 19))
     fig.suptitle("Above: test points by the latent that costs most. Below: what the decoder makes of the prior")
     save_figure(fig, path)
 
 
-def measure(model: VAE, data_name: str, decoder_name: str, test: Tensor) -> dict[str, Any]:
-    """All that the report says of one model, on the test points [N, 2]."""
-    covariance, (terms, of_draws) = true_covariance(data_name), evaluate_points(model, test)
-    floor_stds, least_kl = closed_form(covariance, decoder_name)
-    floor = true_neg_log_prob(data_name, test.cpu())
-    return {
-        **in_bits(terms, 2),
-        "neg_elbo_mc_se_bpd": bits_per_dim(of_draws, 2),
-        "floor_bpd": bits_per_dim(floor.mean().item(), 2),
-        "neg_elbo_minus_floor_se_bpd": bits_per_dim(standard_error(terms.neg_elbo - floor), 2),
-        "least_kl_bpd": bits_per_dim(least_kl, 2),
-        "floor_stds": floor_stds,
-        **look_into_code(model, test, -floor),
-        **explained_variance(model, test, covariance),
-    }
-
-
-def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """All of 1A with one seed: trains, writes checkpoint, metrics and figures; returns metrics and what failed."""
+def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """All of 1A with one seed: trains, writes checkpoint, metrics, figures and report; returns the metrics."""
     described, tests, curves, final, models = {}, {}, {}, {}, {}
-    points = {name: make_points(name)[: 5000 if args.smoke else None] for name in TURN}
-    sets = {name: split_points(name, some) for name, some in points.items()}
+    sets = {name: split_points(name, make_points(name)[: 5000 if args.smoke else None]) for name in TURN}
     prepare(out, args, min(len(data.splits["train"]) for data in sets.values()))
     for data_name, data in sets.items():
         splits = {k: x.to(args.device) for k, x in data.splits.items()}
-        described[data_name], tests[data_name] = data.describe(), data.splits["test"]
+        described[data_name] = data.describe()
         for decoder_name, num_log_stds in DECODERS.items():
             name = f"{data_name}_{decoder_name}"
             torch.manual_seed(args.seed)
@@ -340,7 +318,7 @@ def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, 
                 path=out / "progress" / f"{name}.pt", resume=args.resume, run={"args": settings(args)}, name=name,
             )  # fmt: skip
             final[name] = measure(model, data_name, decoder_name, splits["test"])
-            models[name] = model.cpu()
+            models[name], tests[name] = model.cpu(), data.splits["test"]
     state = {name: model.state_dict() for name, model in models.items()}
     save_checkpoint(out / "checkpoint.pt", {"script": "q1a", "args": settings(args), "state": state})
     metrics = describe_run("q1a", args, described, *models.values()) | {"curves": curves, "final": final}
@@ -357,7 +335,10 @@ def run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], dict[str, 
         plot_samples(samples, tests, final, out / "samples.png")
     with attempt("evidence.png", failed):
         plot_evidence(models, tests, final, out / "evidence.png")
-    return metrics, failed
+    metrics["failed"] = failed
+    write_metrics(out, args, metrics)
+    write_report(out, report(metrics), failed)
+    return metrics
 
 
 @gives_folders_back()
@@ -366,19 +347,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on")
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
     runs: dict[int, dict[str, Any]] = {}
-    failed: dict[str, str] = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        folder = out if seed == args.seed else out / f"seed_{seed}"
         one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "started": time.monotonic()})
-        runs[seed], failures = run(one, folder)
-        failed |= failures
-        if seed > args.seed:
-            write_report(folder, report(runs[seed]), failures)
-    metrics = runs[args.seed] | {"args": settings(args)}
+        runs[seed] = run(one, out if seed == args.seed else out / f"seed_{seed}")
     if args.seeds > 1:
-        metrics["seeds"] = {seed: metrics_of_seed["final"] for seed, metrics_of_seed in runs.items()}
-    write_metrics(out, args, metrics | {"failed": failed})
-    write_report(out, report(metrics), failed)
+        seeds = {seed: of_seed["final"] for seed, of_seed in runs.items()}
+        metrics = runs[args.seed] | {"args": settings(args), "seeds": seeds}
+        write_metrics(out, args, metrics)
+        write_report(out, report(metrics), {})
 
 
 if __name__ == "__main__" and not pasted_into_cell():
