@@ -12,20 +12,18 @@ not go through z: the smaller the receptive field, the more does (arXiv:1611.027
 """
 
 import argparse
-import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     CODECS, VAE, ConvDecoder, ConvEncoder, FlowPrior, GatedResidualBlock, ImageParser, MaskedConv2d, StandardNormal,
-    at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_text, check_above,
+    Terms, at_least_fp32, attempt, between_ends, bin_centres, bits_per_dim, bounded_log_std, bounds_text, check_above,
     check_prior, codec_bits_per_dim, describe_run, error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fit,
-    fixed_noise, float64_copy, gives_folders_back, in_bits, kl_per_position, launch, load_images, load_trained,
-    noise, number, parse_args, pasted_into_cell, plot_curves, plot_images, posteriors, prepare, quantise,
-    rank_and_world, save_figure, settings, standard_error, straight_lines, sum_dims, sum_over_processes,
-    synthetic_floor, to_device, training_text, wavefront_slope, wavefronts, write_images, write_metrics,
-    write_report,
+    fixed_noise, float64_copy, gives_folders_back, in_bits, kl_per_position, launch, load_images, load_trained, noise,
+    number, parse_args, pasted_into_cell, plot_curves, plot_images, posteriors, prepare, quantise, rank_and_world,
+    save_figure, settings, standard_error, straight_lines, sum_dims, sum_over_processes, synthetic_floor, to_device,
+    training_text, wavefront_slope, wavefronts, write_images, write_metrics, write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -80,7 +78,8 @@ def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> T
     arXiv:1701.05517, section 2.2; there without the subtraction, which is the same family in other coordinates).
     levels [B, 3, H, W] integers, params [B, 10 K, H, W] -> [B], nats.
     """
-    logits, mu, log_scale, (c0, c1, c2) = *(t := split_params(params))[:3], t[3].unbind(2)
+    logits, mu, log_scale, coefficients = split_params(params)
+    c0, c1, c2 = coefficients.unbind(2)
     x = ((levels + 0.5) * (2 / num_levels) - 1)[:, None]
     r, g, _ = (x - mu).unbind(2)  # each (B, K, H, W)
     mu = mu + torch.stack([torch.zeros_like(c0), c0 * r, c1 * r + c2 * g], 2)
@@ -168,8 +167,8 @@ class LocalPixelCNN(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """x [B, 3, 32, 32] in [-1, 1], `features` of z [B, WIDTH, 32, 32] -> [B, 10 K, 32, 32]."""
-        number, taps, border = self.at_the_border(x)
-        average = sum_of_neighbours(x) / number
+        count, taps, border = self.at_the_border(x)
+        average = sum_of_neighbours(x) / count
         seen = self.first(GAIN * x) - torch.einsum("cohw,bchw->bohw", taps, GAIN * average)
         return add_to_means(self.rest(seen + border + self.level(average) + features), average)
 
@@ -184,9 +183,9 @@ class LocalPixelCNN(nn.Module):
         features, u64 = (t.to(net.level.weight.device).double() for t in (self.features(z), u))
         u64 = u64 + 2.0**-25  # to the middle of its 24-bit bin
         x = features.new_zeros(len(z), 3, 32, 32)
-        number, taps, border = net.at_the_border(x)
+        count, taps, border = net.at_the_border(x)
         for i, j in wavefronts(32, 32, slope or wavefront_slope(self), x.device):
-            average = (sum_of_neighbours(x) / number)[:, :, i, j, None]  # (B, 3, P, 1)
+            average = (sum_of_neighbours(x) / count)[:, :, i, j, None]  # (B, 3, P, 1)
             seen = net.first.at(GAIN * x, i, j) - torch.einsum("cop,bcpq->bopq", taps[:, :, i, j], GAIN * average)
             h = seen + border[:, :, i, j, None] + net.level(average) + features[:, :, i, j, None]  # (B, WIDTH, P, 1)
             x[:, :, i, j] = mixture_sample(add_to_means(net.rest(h), average), u64[:, :, i, j, None])[..., 0]
@@ -252,13 +251,11 @@ class LossyVAE(VAE):
         return self.decoder.sample(z, noise(torch.rand, shape, z.device, fixed_noise(*noise_key)))
 
 
-SHAPE = ("latents", "receptive_field", "prior", "blind", "free_bits")  # flags that make a model
-
-
-def make_model(args: argparse.Namespace, **changes: Any) -> LossyVAE:
+def make_model(args: argparse.Namespace, **changes: int) -> LossyVAE:
     """The model of these arguments, with changes, from --seed."""
     torch.manual_seed(args.seed)
-    return LossyVAE(*({**vars(args), **changes}[name] for name in SHAPE))
+    flags = vars(args) | changes
+    return LossyVAE(flags["latents"], flags["receptive_field"], flags["prior"], flags["blind"], flags["free_bits"])
 
 
 # ------------------------------------------------------------------------------------------------------ the answers
@@ -269,8 +266,8 @@ RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
 
 def fit_variant(
     args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, progress: Path, name: str, **changes: int
-) -> LossyVAE:
-    """A model with changes to the flags that make it, trained as the main one."""
+) -> Terms:
+    """A model with changes to the flags that make it, trained as the main one: its terms on test, [N], nats."""
     model = to_device(make_model(args, **changes), args)
     fit(
         model, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
@@ -278,7 +275,7 @@ def fit_variant(
         precision=args.precision, path=progress / f"{name.replace(' ', '_')}.pt", resume=args.resume,
         run={"args": settings(args, but=("table_epochs",)) | changes}, name=name,
     )  # fmt: skip
-    return model
+    return evaluate(model, splits["test"])
 
 
 def compare_receptive_fields(
@@ -287,22 +284,9 @@ def compare_receptive_fields(
     """Test bounds of models that differ in their receptive field alone, all on the same small budget."""
     rows = []
     for size in RECEPTIVE_FIELDS:
-        model = fit_variant(args, splits, epochs, progress, f"receptive field {size}", receptive_field=size)
-        rows.append({"receptive_field": size, "epochs": epochs, **in_bits(evaluate(model, splits["test"]), 3072)})
+        terms = fit_variant(args, splits, epochs, progress, f"receptive field {size}", receptive_field=size)
+        rows.append({"receptive_field": size, "epochs": epochs, **in_bits(terms, 3072)})
     return rows
-
-
-def compare_with_no_code(
-    args: argparse.Namespace, splits: dict[str, Tensor], neg_elbo: Tensor, progress: Path
-) -> dict[str, Any]:
-    """The same PixelCNN without latents, trained for as long: its test bound, and what it costs above the model's.
-
-    neg_elbo: the model's on test, [N], nats.
-    """
-    model = fit_variant(args, splits, args.epochs, progress, "no code", latents=0)
-    terms = evaluate(model, splits["test"])
-    above = bits_per_dim(terms.neg_elbo - neg_elbo, 3072)
-    return {**in_bits(terms, 3072), "above_bpd": above.mean().item(), "above_se_bpd": standard_error(above)}
 
 
 @torch.no_grad()
@@ -319,20 +303,14 @@ def table_text(rows: list[dict[str, Any]]) -> str:
     """Whether the receptive field moves the code, then the table, from the rows alone."""
     lines = "\n".join(
         f"| {r['receptive_field']} | {r['neg_elbo_bpd']:.4f} ± {r['neg_elbo_se_bpd']:.4f} "
-        f"| {r['kl_bpd']:.4f} | {r['recon_bpd']:.4f} |"
+        f"| {r['kl_bpd']:.4f} ± {r['kl_se_bpd']:.4f} | {r['recon_bpd']:.4f} |"
         for r in rows
     )
-    first, last = rows[0], rows[-1]
-    error = math.hypot(first["kl_se_bpd"], last["kl_se_bpd"])
-    falls = all(a["kl_bpd"] > b["kl_bpd"] for a, b in itertools.pairwise(rows))
-    verdict = (
-        "The more of its neighbours a pixel sees, the less goes into z: the KL falls in every row."
-        if falls and first["kl_bpd"] - last["kl_bpd"] > 2 * error
-        else "The KL does not clearly fall as the receptive field grows: this budget does not show the trade."
-    )
-    return f"""**{verdict}** From a receptive field of {first["receptive_field"]} to one of
-{last["receptive_field"]} the code changes by {last["kl_bpd"] - first["kl_bpd"]:+.4f} ± {error:.4f} and the decoder
-term by {last["recon_bpd"] - first["recon_bpd"]:+.4f} bits/dim. {rows[0]["epochs"]} epochs each, one seed; test.
+    kl, error = [r["kl_bpd"] for r in rows], math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
+    verdict = "The KL does not clearly fall as the receptive field grows: this budget does not show the trade."
+    if kl == sorted(kl, reverse=True) and kl[0] - kl[-1] > 2 * error:
+        verdict = "The more of its neighbours a pixel sees, the less goes into z: the KL falls in every row."
+    return f"""**{verdict}** Epochs of each row: {rows[0]["epochs"]}; one seed, on test.
 
 | pixels seen above and left | −ELBO, bits/dim | KL: the code | decoder: the rest |
 |---|---|---|---|
@@ -347,13 +325,7 @@ def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for r in rows:
         ax.errorbar(r["kl_bpd"], r["recon_bpd"], xerr=r["kl_se_bpd"], fmt="o", capsize=3)
-        ax.annotate(
-            f"{r['receptive_field']}",
-            (r["kl_bpd"], r["recon_bpd"]),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=9,
-        )
+        ax.text(r["kl_bpd"], r["recon_bpd"], f"  {r['receptive_field']}", va="bottom", fontsize=9)
     ax.set(xlabel="KL: the code, bits/dim (± 1 s.e.)", ylabel="decoder term, bits/dim")
     ax.margins(0.12)  # room for the labels
     ax.set_title(f"Receptive fields after {rows[0]['epochs']} epochs each, test", fontsize=10)
@@ -362,49 +334,42 @@ def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
 
 def nearest(samples: Tensor, train: Tensor) -> Tensor:
     """For each sample the training image at the least squared distance. uint8 [S, ...], [N, ...] -> [S, ...]."""
-    best, found = torch.full((len(samples),), math.inf, device=samples.device), samples.clone()
-    for some in train.split(4096):  # in blocks, as floats take four times the memory
-        distances, places = torch.cdist(samples.flatten(1).float(), some.flatten(1).float()).min(1)  # each [S]
-        nearer = distances < best
-        best = torch.where(nearer, distances, best)
-        found = torch.where(nearer[:, None, None, None], some[places], found)
-    return found
+    x = samples.flatten(1).float()
+    blocks = train.split(4096)  # one after the other, as floats take four times the memory
+    distances = torch.cat([torch.cdist(x, block.flatten(1).float()) for block in blocks], 1)  # (S, N)
+    return train[distances.argmin(1)]
 
 
 def code_text(metrics: dict[str, Any]) -> str:
     """Whether the code is used, from what another image's code costs; whether it pays; and what it holds."""
     args, cost, error = metrics["args"], metrics["another_code_costs_bpd"], metrics["another_code_costs_se_bpd"]
     used = "is used" if cost > 0.001 + 4 * error else "is not measurably used"
-    positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
     bound = metrics["final"]["test"]["neg_elbo_bpd"]
+    pays = "Whether it pays is not known here: the PixelCNN without a code was not trained."
+    if no_code := metrics.get("no_code"):
+        above, two_errors = no_code["above_bpd"], 2 * no_code["above_se_bpd"]
+        answer = "pays" if above > two_errors else "does not pay" if above < -two_errors else "neither pays nor costs"
+        pays = f"""**The code {answer}**: the same PixelCNN without latents, trained for as many epochs, needs
+{no_code["neg_elbo_bpd"]:.4f} bits/dim, {above:+.4f} ± {no_code["above_se_bpd"]:.4f} against {bound:.4f} with the code
+(paired by image; one seed each, whose spread is not in the error)."""
+    positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
     return f"""**The code {used}**: decoded from another image's z, the decoder term rises by {cost:.4f} ± {error:.4f}
-bits/dim (the first 4,000 test images, at most), which is {3072 * cost:,.0f} bits per image.
+bits/dim (the first 4,000 test images, at most).
 
-{pays_text(metrics.get("no_code"), bound)}
+{pays}
 
-The code of a test image holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs. Each
-position of the 8 x 8 grid costs {min(positions):.2f} to {max(positions):.2f} bits on average: one at 0 has collapsed to
-the prior. The remedies, in training alone: `--blind`, the weight, fading from {args["blind"]:g} to 0, of a second
-decoder term whose pixels see no neighbours, so that z has to hold the picture; and `--free-bits`, bits/dim of KL that
-are not charged for, here {args["free_bits"]:g}."""
+The code of a test image holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs:
+{min(positions):.2f} to {max(positions):.2f} at a position of the 8 x 8 grid, where 0 would be a collapse to the prior.
+Against that, in training: `--blind {args["blind"]:g}` (fading to 0), `--free-bits {args["free_bits"]:g}`."""
 
 
-def pays_text(no_code: dict[str, Any] | None, bound: float) -> str:
-    """Whether the code pays for itself: the model's bound beside that of the same PixelCNN without latents."""
-    if not no_code:
-        return "Whether it pays is not known here: the PixelCNN without a code was not trained."
-    above, error = no_code["above_bpd"], no_code["above_se_bpd"]
-    answer = "pays" if above > 2 * error else "does not pay" if above < -2 * error else "neither pays nor costs"
-    return f"""**The code {answer}**: the same PixelCNN without latents, trained for as many epochs, needs
-{no_code["neg_elbo_bpd"]:.4f} bits/dim, {above:+.4f} ± {error:.4f} against {bound:.4f} with the code (paired by image;
-one seed each, whose spread is not in the error)."""
-
-
-def report(metrics: dict[str, Any], code: str, table: str) -> str:
+def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    args = metrics["args"]
-    neighbours = "## Ten samples and the training images nearest to them\n\n![neighbours](neighbours.png)\n\n"
+    args, rows = metrics["args"], metrics.get("receptive_fields")
+    neighbours = "\nTen of them, and the training images nearest to each:\n\n![neighbours](neighbours.png)\n"
     neighbours = neighbours if metrics["data"]["train"] else ""
+    code = code_text(metrics) if "another_code_costs_bpd" in metrics else ""
+    table = table_text(rows) if rows else "No receptive-field table was made (`--table-epochs`)."
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
 
 Receptive field {args["receptive_field"]}, {args["prior"]} prior.
@@ -416,7 +381,7 @@ Receptive field {args["receptive_field"]}, {args["prior"]} prior.
 ## 2. Samples
 
 ![samples](samples.png)
-
+{neighbours}
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
@@ -425,13 +390,11 @@ Receptive field {args["receptive_field"]}, {args["prior"]} prior.
 
 ![reconstructions](reconstructions.png)
 
-## Lossy reconstructions
-
 ![lossy](lossy.png)
 
-{code}
+## What goes into z, and what the receptive field leaves to it
 
-{neighbours}## What goes into z, and what the receptive field leaves to it
+{code}
 
 {table}
 """
@@ -441,41 +404,38 @@ Receptive field {args["receptive_field"]}, {args["prior"]} prior.
 
 
 def draw_figures(
-    model: LossyVAE, data_name: str, splits: dict[str, Tensor], args: argparse.Namespace, out: Path,
-    failed: dict[str, str],
-) -> None:  # fmt: skip
-    """Samples, interpolations, reconstructions, three draws of one z, and the training images nearest to samples."""
-    title = f"bonus: receptive field {args.receptive_field}, {args.prior} prior, {data_name}"
+    model: LossyVAE, splits: dict[str, Tensor], title: str, out: Path, samples: int, failed: dict[str, str]
+) -> None:
+    """100 samples, the training images nearest to ten of them, interpolations, reconstructions; single images."""
     with attempt("samples.png", failed):
-        samples = model.draw_levels(model.prior.sample(100, fixed_noise("samples")), "pixels")
-        plot_images({"x ~ p(x|z), z ~ p(z)": samples}, 10, f"{title}\n100 samples", out / "samples.png")
+        x = model.draw_levels(model.prior.sample(100, fixed_noise("samples")), "pixels")
+        plot_images({"x ~ p(x|z), z ~ p(z)": x}, 10, f"{title}\n100 samples", out / "samples.png")
     if len(splits["train"]):
         with attempt("neighbours.png", failed):
-            panels = {"samples": samples[:10], "their nearest training images": nearest(samples[:10], splits["train"])}
+            panels = {"samples": x[:10], "their nearest training images": nearest(x[:10], splits["train"])}
             plot_images(panels, 10, f"Not copies: {title}", out / "neighbours.png", stacked=True)
     shown = evenly_spaced(splits["test"], 10)
-    with torch.no_grad():
-        codes = model.encoder(bin_centres(shown))[0]
-    with attempt("interpolations.png", failed), torch.no_grad():
-        panels = {"straight in z": between_ends(shown, model.draw_levels(straight_lines(codes), "pixels", same=True))}
-        if args.prior == "flow" and args.latents:
-            z = model.prior.eps_to_z(straight_lines(model.prior.z_to_eps(codes)[0]))
-            in_eps = between_ends(shown, model.draw_levels(z, "pixels", same=True))
-            panels["straight in ε, the flow's noise"] = in_eps
+    codes = model.encoder(bin_centres(shown))[0]  # the posterior's means
+    with attempt("interpolations.png", failed):
+        in_z = model.draw_levels(straight_lines(codes), "pixels", same=True)
+        panels = {"straight in z": between_ends(shown, in_z)}
+        if isinstance(model.prior, FlowPrior):
+            eps = straight_lines(model.prior.z_to_eps(codes)[0])
+            in_eps = model.draw_levels(model.prior.eps_to_z(eps), "pixels", same=True)
+            panels["straight in ε, the flow's noise"] = between_ends(shown, in_eps)
         name = f"{title}\ninterpolations, true test images at the ends"
         plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
-    draws = {f"x ~ p(x|z), draw {k} of one z": ("pixels", k) for k in (1, 2, 3)}
     with attempt("reconstructions.png", failed):
         panels = {"test images": shown, "x ~ p(x|z)": model.draw_levels(codes, "pixels")}
         name = f"{title}\ndecoded from the posterior's mean"
         plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
     with attempt("lossy.png", failed):
-        panels = {"test images": shown, **{name: model.draw_levels(codes, *key) for name, key in draws.items()}}
+        draws = {f"x ~ p(x|z), draw {k} of one z": model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)}
         name = f"Lossy: what z keeps, and what the PixelCNN redraws\n{title}"
-        plot_images(panels, 10, name, out / "lossy.png", stacked=True)
+        plot_images({"test images": shown, **draws}, 10, name, out / "lossy.png", stacked=True)
     with attempt("single samples", failed):
-        for first in range(0, args.samples, 100):
-            z = model.prior.sample(min(100, args.samples - first), fixed_noise("single samples", first))
+        for first in range(0, samples, 100):
+            z = model.prior.sample(min(100, samples - first), fixed_noise("single samples", first))
             write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
 
 
@@ -528,36 +488,36 @@ def main(argv: list[str] | None = None) -> None:
     with attempt("curves.png", failed):
         name = "the training of the checkpoint" if trained else f"bonus, {data.name}\ntest −ELBO {bound:.3f} bits/dim"
         plot_curves(curves, name, out / "curves.png", None if trained else metrics.get("floor"))
-    draw_figures(model, data.name, splits, args, out, failed)
+    title = f"bonus: receptive field {args.receptive_field}, {args.prior} prior, {data.name}"
+    with torch.no_grad():
+        draw_figures(model, splits, title, out, args.samples, failed)
     with attempt("the error of one draw", failed):
-        metrics["test_draw_se_bpd"] = error_of_one_draw(model, splits["test"], terms["test"].neg_elbo)
+        metrics["test_draw_se_bpd"] = error_of_one_draw(model, test, terms["test"].neg_elbo)
     with attempt("the check of the prior", failed):
         metrics["check_prior_nats"] = check_prior(model.prior)
     with attempt("codecs", failed):
         metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
 
     # 5. Experiments: does the code pay, is it used, and what does the receptive field leave to it?
-    code = "The experiment failed."
     if args.latents and not trained:
         with attempt("the model without a code", failed):
-            metrics["no_code"] = compare_with_no_code(args, splits, terms["test"].neg_elbo, out / "progress")
+            without = fit_variant(args, splits, args.epochs, out / "progress", "no code", latents=0)
+            above = bits_per_dim(without.neg_elbo - terms["test"].neg_elbo, 3072)  # paired by image
+            paired = {"above_bpd": above.mean().item(), "above_se_bpd": standard_error(above)}
+            metrics["no_code"] = in_bits(without, 3072) | paired
     with attempt("the use of the code", failed):
         metrics["test_kl_per_position_bits"] = kl_per_position(model, test).tolist()
         metrics |= cost_of_another_code(model, test[:4000])
-        code = code_text(metrics)
-    table = "Not run: `--table-epochs 0`." if not trained else "Not run, as nothing was trained."
     table_epochs = -(-args.epochs // 5) if args.table_epochs is None else args.table_epochs
-    metrics["receptive_fields"] = []
     if table_epochs and not trained:
-        table = "The experiment failed."
         with attempt("the receptive-field table", failed):
-            metrics["receptive_fields"] = compare_receptive_fields(args, splits, table_epochs, out / "progress")
-            table = table_text(metrics["receptive_fields"])
-            plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
+            rows = compare_receptive_fields(args, splits, table_epochs, out / "progress")
+            metrics["receptive_fields"] = rows
+            plot_table(rows, out / "receptive_fields.png")
 
     # 6. Report.
     write_metrics(out, args, metrics | {"failed": failed})
-    write_report(out, report(metrics, code, table), failed)
+    write_report(out, report(metrics), failed)
 
 
 if __name__ == "__main__" and not pasted_into_cell():

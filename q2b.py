@@ -10,7 +10,7 @@
 identity, so that training starts from the same bound. Does the prior make a difference, and why? Three experiments.
 
     python q2b.py --epochs 20                  ->  results/q2b/report.md, on SVHN (downloaded)
-    python q2b.py --epochs 20 --compare        ->  2a with the same arguments first, unless its checkpoint is there
+    python q2b.py --epochs 20 --compare        ->  beside 2a, which is trained first if it is not yet
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
     python q2b.py --evaluate results/q2b/checkpoint.pt --data FILE.npz  ->  results/q2b/evaluate/report.md
 """
@@ -41,44 +41,18 @@ SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 # -------------------------------------------------------------------------------- what the prior changes: experiments
 
 
-def find_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> tuple[ImageVAE, str]:
-    """2a's model, not trained yet, and why 2a cannot be compared with: "" if it can.
-
-    It can if `path` holds a finished training with these arguments on these data; with --compare, if it holds one to
-    go on with, or none. With --compare, a folder that another run writes into, or another training's, is refused.
-    """
+def make_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> ImageVAE:
+    """2a's model, not trained yet. A folder that another run writes into, or another training's, is refused."""
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, StandardNormal), args)
-    if args.compare:
-        claim(path.parent, resume=True)
-    if not path.exists():
-        return model, "" if args.compare else f"There is no checkpoint of 2a in {path.parent}."
-    saved = read_checkpoint(path, ("args", "must_match", "finished"), "q2a")
-    theirs, ours = ({"--epochs": epochs} for epochs in (saved["args"]["epochs"], args.epochs))
-    run = {"args": settings(args, but=("compare",))}
-    differing = differences(saved["must_match"] | theirs, what_must_match(run, model, splits) | ours)
-    if differing and args.compare:
-        fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
-    if differing:
-        return model, f"{path} is of a run with another {', '.join(differing)}: not compared."
-    if not saved["finished"] and not args.compare:
-        return model, f"{path} is of a training that was not finished: not compared."
-    return model, ""
-
-
-def train_2a(model: ImageVAE, args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> None:
-    """2a with these arguments: with --compare trained here, or to its end, without from its checkpoint in `path`."""
-    if args.compare:
-        print("2a, the same with the prior N(0, I):")
-        fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-            muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
-            precision=args.precision, path=path, resume=True, name="2a",
-            run={"script": "q2a", "args": settings(args, but=("compare",))},
-        )  # fmt: skip
-    else:
-        model.load_state_dict(read_checkpoint(path, ("state",), "q2a")["state"])
-    model.eval()
+    claim(path.parent, resume=True)
+    if path.exists():
+        saved = read_checkpoint(path, ("args", "must_match"), "q2a")
+        theirs = saved["must_match"] | {"--epochs": saved["args"]["epochs"]}
+        ours = what_must_match({"args": settings(args, but=("compare",))}, model, splits) | {"--epochs": args.epochs}
+        if differing := differences(theirs, ours):
+            fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
+    return model
 
 
 def fit_flow_to_frozen_2a(
@@ -92,8 +66,8 @@ def fit_flow_to_frozen_2a(
     fitted.prior = FlowPrior(a.prior.latent_shape).to(args.device)
     fit(
         fitted, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
-            muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed, path=path,
-        precision=args.precision, resume=args.resume, run={"args": settings(args, but=("compare",))}, name="flow alone",
+        muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed, precision=args.precision, path=path,
+        resume=args.resume, run={"args": settings(args, but=("compare",))}, name="flow alone",
     )  # fmt: skip
     return fitted.eval()
 
@@ -118,6 +92,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
     a: 2a; fitted: the flow alone; b: 2b, with its terms on test.
     """
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
+    named = {"2a": of_a, "2a_fitted_flow": of_fitted, "2b": of_b}
     z_of_a, z_of_b = (torch.cat([z for _, z, _, _ in posteriors(model, test[:1000])]) for model in (a, b))
     return {
         "neg_elbo": paired(of_a.neg_elbo, of_b.neg_elbo),
@@ -125,10 +100,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
         "recon": paired(of_a.recon, of_b.recon),
         "prior_alone": paired(of_a.kl, of_fitted.kl),
         "rest": paired(of_fitted.neg_elbo, of_b.neg_elbo),
-        "kl_bits": {
-            name: bits_per_dim(terms.kl.mean().item(), 1)
-            for name, terms in (("2a", of_a), ("2a_fitted_flow", of_fitted), ("2b", of_b))
-        },
+        "kl_bits": {name: bits_per_dim(terms.kl.mean().item(), 1) for name, terms in named.items()},
         "correlation": {
             "2a: z": neighbour_correlation(z_of_a),
             "2b: z": neighbour_correlation(z_of_b),
@@ -178,13 +150,14 @@ def verdict(found: dict[str, Any]) -> str:
         return ("lowers" if change["bpd"] < 0 else "raises") if clear else "does not measurably change"
 
     total, alone, rest = found["neg_elbo"], found["prior_alone"], found["rest"]
-    text = f"""**The flow prior {shows(total)} −ELBO**: {total["bpd"]:+.4f} ± {total["se_bpd"]:.4f} bits/dim. A flow
-that was fitted afterwards to the codes of 2a's frozen encoder {shows(alone)} the KL: {alone["bpd"]:+.4f} ±
-{alone["se_bpd"]:.4f}. A better prior alone is worth at least that, as the flow may not be the best one."""
+    text = f"""**The flow prior {shows(total)} −ELBO**: {total["bpd"]:+.4f} ± {total["se_bpd"]:.4f} bits/dim.
+
+**(i) A better prior, or better codes?** A flow that was fitted afterwards to the codes of 2a's frozen encoder
+{shows(alone)} the KL: {alone["bpd"]:+.4f} ± {alone["se_bpd"]:.4f}. A better prior alone is worth at least that, as the
+flow may not be the best one."""
     if total["bpd"] < -2 * total["se_bpd"]:
         text += f""" Being trained together with the flow gains encoder and decoder at most the rest,
-{rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}: {found["recon"]["bpd"]:+.4f} in the decoder term and
-{found["kl"]["bpd"] - alone["bpd"]:+.4f} in the KL."""
+{rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}."""
     return text
 
 
@@ -192,7 +165,7 @@ def comparison_text(found: dict[str, Any]) -> str:
     """The answer, the table of paired differences, and one paragraph for each experiment."""
     rows = {
         "−ELBO": found["neg_elbo"], "KL term": found["kl"], "decoder term": found["recon"],
-        "KL, 2a's encoder with a flow": found["prior_alone"],
+        f"KL, 2a's encoder with a flow (epochs: {found['prior_alone_epochs']})": found["prior_alone"],
     }  # fmt: skip
     table = "\n".join(f"| {name} | {change['bpd']:+.4f} ± {change['se_bpd']:.4f} |" for name, change in rows.items())
     kl, correlation = found["kl_bits"], found["correlation"]
@@ -208,9 +181,6 @@ Same data, arguments, batches and noise. ± one standard error over images; vari
 
 ![comparison](experiments.png)
 
-**(i) A better prior, or better codes?** The last row of the table against the first. The flow alone was fitted for
-{found["prior_alone_epochs"]} epoch{"s" * (found["prior_alone_epochs"] != 1)}.
-
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
 about its image, plus KL(q(z) || r), how far all codes together lie from r. With r = N(0, I) it is {kl["2a"]:,.0f} bits
 per image for 2a; with r the flow fitted to the same codes, {kl["2a_fitted_flow"]:,.0f} bits. So 2a's z tells at most
@@ -225,8 +195,10 @@ neighbours.
 """
 
 
-def report(metrics: dict[str, Any], comparison: str) -> str:
+def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
+    found = metrics.get("against_2a")
+    comparison = comparison_text(found) if found else "Not compared: `python q2b.py --compare` trains 2a as well."
     return f"""# 2b: the same VAE with an autoregressive flow prior
 
 {training_text(metrics)}
@@ -287,7 +259,7 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
 @gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
     parser = ImageParser("q2b")
-    parser.add_argument("--compare", action="store_true", help="train 2a with the same arguments first")
+    parser.add_argument("--compare", action="store_true", help="with 2a, which is trained first if it is not yet")
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
     trained = load_trained(args, "q2b") if args.evaluate else None
 
@@ -297,15 +269,19 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
     path_2a = out.with_name("q2a") / "checkpoint.pt"
-    if trained:
-        model_a, reason = None, "Not compared with 2a, as nothing was trained."
-    else:
-        model_a, reason = find_2a(args, splits, path_2a)
+    model_a = make_2a(args, splits, path_2a) if args.compare and not trained else None
     prepare(out, args, len(splits["train"]))
-    if model_a and not reason:
-        train_2a(model_a, args, splits, path_2a)
 
-    # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
+    # 2. Training, with --compare first of 2a: from the start, or from its checkpoint on, which may be its end already.
+    # Checkpoints are on disk before anything else is done; --evaluate takes an earlier one's.
+    if model_a:
+        fit(
+            model_a, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+            muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
+            precision=args.precision, path=path_2a, resume=True, name="2a",
+            run={"script": "q2a", "args": settings(args, but=("compare",))},
+        )  # fmt: skip
+        model_a.eval()
     if trained:
         curves = trained["curves"]
     else:
@@ -345,15 +321,12 @@ def main(argv: list[str] | None = None) -> None:
         metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
 
     # 5. The experiments: 2a, 2a with a flow fitted to its codes, and 2b.
-    comparison = f"{reason} `python q2b.py --compare` trains 2a with the same arguments first."
-    if model_a and not reason:
-        comparison = "The comparison with 2a failed."
+    if model_a:
         with attempt("the comparison with 2a", failed):
             epochs = -(-args.epochs // 3)
             fitted = fit_flow_to_frozen_2a(model_a, args, splits, epochs, out / "progress" / "flow_alone.pt")
-            metrics["against_2a"] = found = compare(model_a, fitted, model, test, terms["test"])
-            found["prior_alone_epochs"] = epochs
-            comparison = comparison_text(found)
+            found = compare(model_a, fitted, model, test, terms["test"]) | {"prior_alone_epochs": epochs}
+            metrics["against_2a"] = found
             plot_comparison(found, f"2b against 2a, {data.name}", out / "experiments.png")
         with attempt("samples_2a_2b.png", failed), torch.no_grad():
             of_a, of_b = (m.sample(100, fixed_noise("samples"))[0] for m in (model_a, model))
@@ -363,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. Report.
     write_metrics(out, args, metrics | {"failed": failed})
-    write_report(out, report(metrics, comparison), failed)
+    write_report(out, report(metrics), failed)
 
 
 if __name__ == "__main__" and not pasted_into_cell():

@@ -98,8 +98,9 @@ def background(request, tmp_path_factory):
 
     pool, futures = ThreadPoolExecutor(1), {}
     if "smoke" in fixtures:
-        for script in ("q2a", "q2b", "q1a", "bonus", "q1b"):  # 2b compares itself with 2a, which has to be there first
-            command = (f"{script}.py", "--smoke", "--device", "cpu", "--out", smoke)
+        for script in ("q2a", "q2b", "q1a", "bonus", "q1b"):  # 2b is compared with the 2a that is there by then
+            more = ["--compare"] if script == "q2b" else []
+            command = (f"{script}.py", "--smoke", "--device", "cpu", "--out", smoke, *more)
             futures[script] = smoke, pool.submit(made, *command, env=environment)
     if "two_processes" in fixtures:
         command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "tests/two_processes.py", two)

@@ -334,12 +334,14 @@ def test_the_table_says_that_the_kl_falls_only_where_it_clearly_does():
 
 
 def test_a_code_is_said_to_pay_only_where_the_model_without_one_is_clearly_worse():
+    used = {"another_code_costs_bpd": 0.1, "another_code_costs_se_bpd": 0.01}
+
     def said(above):
-        return bonus.pays_text({"neg_elbo_bpd": 4.0 + above, "above_bpd": above, "above_se_bpd": 0.01}, 4.0)
+        return said_of(used | {"no_code": {"neg_elbo_bpd": 4.0 + above, "above_bpd": above, "above_se_bpd": 0.01}})
 
     assert "**The code pays**" in said(0.1) and "**The code does not pay**" in said(-0.1)
     assert "**The code neither pays nor costs**" in said(0.01) and "neither" in said(-0.01)
-    assert "not known" in bonus.pays_text(None, 4.0)
+    assert "not known" in said_of(used)
 
 
 def test_sampled_colours_follow_the_colours_before_them():
