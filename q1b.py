@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run, draw_curves,
-    evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, noise, number,
+    SPLITS, VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run,
+    draw_curves, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, noise, number,
     parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table, settings, split_points,
     standard_error, write_metrics, write_report,
 )  # fmt: skip
@@ -207,7 +207,7 @@ def report(metrics: dict[str, Any]) -> str:
     """The deliverables in the handout's order, every number from metrics."""
     final, data, curves = metrics["final"], metrics["data"], metrics["curves"].values()
     diagonal, isotropic = final["diagonal"], final["isotropic"]
-    rows = [(name, split, final[name][split]) for name in final for split in ("train", "test")]
+    rows = [(name, split, final[name][split]) for name in final for split in SPLITS]
     bounds = "\n".join(
         f"| {name} | {split} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} "
         f"| {f['recon_bpd']:.4f} | {f['floor_bpd']:.4f} | {f['excess_bpd']:+.4f} ± {f['excess_se_bpd']:.4f} |"
@@ -363,7 +363,7 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     data = split_points("three clusters", points[:5000] if args.smoke else points)
     prepare(out, args, len(data.splits["train"]))
     splits = {k: x.to(args.device) for k, x in data.splits.items()}
-    measured = {k: splits[k][: len(splits["test"])] for k in ("train", "test")}
+    measured = {k: x[: len(splits["test"])] for k, x in splits.items()}
     floors = {k: -true_log_prob(x) for k, x in measured.items()}
     curves, latents, models = {}, {}, {}
     final: dict[str, Any] = {}
