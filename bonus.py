@@ -360,7 +360,7 @@ bits/dim (the first 4,000 test images, at most).
 
 The code of a test image holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs:
 {min(positions):.2f} to {max(positions):.2f} at a position of the 8 x 8 grid, where 0 would be a collapse to the prior.
-Against that, in training: `--blind {args["blind"]:g}` (fading to 0), `--free-bits {args["free_bits"]:g}`."""
+Against a collapse, in training: `--blind {args["blind"]:g}` (fading to 0), `--free-bits {args["free_bits"]:g}`."""
 
 
 def report(metrics: dict[str, Any]) -> str:
@@ -407,11 +407,10 @@ def draw_figures(
     model: LossyVAE, splits: dict[str, Tensor], title: str, out: Path, samples: int, failed: dict[str, str]
 ) -> None:
     """100 samples, the training images nearest to ten of them, interpolations, reconstructions; single images."""
-    with attempt("samples.png", failed):
+    with attempt("samples.png or neighbours.png", failed):
         x = model.draw_levels(model.prior.sample(100, fixed_noise("samples")), "pixels")
         plot_images({"x ~ p(x|z), z ~ p(z)": x}, 10, f"{title}\n100 samples", out / "samples.png")
-    if len(splits["train"]):
-        with attempt("neighbours.png", failed):
+        if len(splits["train"]):
             panels = {"samples": x[:10], "their nearest training images": nearest(x[:10], splits["train"])}
             plot_images(panels, 10, f"Not copies: {title}", out / "neighbours.png", stacked=True)
     shown = evenly_spaced(splits["test"], 10)

@@ -666,6 +666,11 @@ def split_of(key: str) -> str:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz (or npy) file that may be images; labels, which have fewer dimensions, are left out."""
+    hints = {
+        ".mat": f"for SVHN's own files: --data svhn --data-root {path.parent}",
+        **dict.fromkeys((".png", ".jpg", ".jpeg"), f"for a folder of images: --data {path.parent}"),
+    }
+    hint = hints.get(path.suffix.lower(), "np.savez('images.npz', images=x) makes one, x uint8 [N, height, width, 3]")
     try:
         if path.suffix.lower() not in (".npz", ".npy"):
             raise ValueError(f"a {path.suffix} file" if path.exists() else "there is no such file")
@@ -673,11 +678,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         arrays = {"images": file} if isinstance(file, np.ndarray) else {key: file[key] for key in file.files}
     except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
         reason = getattr(error, "strerror", None) or error
-        fail(
-            f"--data {path}: not svhn, synthetic, a folder of images or a readable npz file ({reason}); "
-            "np.savez('images.npz', images=x) makes one, x uint8 [N, height, width, 3]; "
-            f"SVHN's own .mat files: --data svhn --data-root {path.parent}"
-        )
+        fail(f"--data {path}: not svhn, synthetic, a folder of images or a readable npz file ({reason}); {hint}")
     return {key: x for key, x in arrays.items() if x.ndim > 2 or (x.ndim == 2 and x.shape[1] == 3072)}
 
 
@@ -1334,7 +1335,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     """torch.save, in memory first. On a full disk a line says so, the checkpoint before stays, and the run goes on."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
-    with attempt(f"a new {path}", {}):
+    with attempt(f"a new {path} (the one before is kept)", {}):
         write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -1385,7 +1386,7 @@ DPI = 130  # of every figure
 
 @contextmanager
 def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
-    """A step after training: if it fails, print a line and note the reason in `failed`; the steps after it go on."""
+    """A step that a run can do without: if it fails, print a line and note the reason in `failed`, and go on."""
     try:
         yield
     except Exception as error:
@@ -1400,7 +1401,8 @@ def prepare(out: Path, args: argparse.Namespace, examples: int) -> None:
     """In the first second, make sure of what a run needs later: whole batches, a folder of its own, and figures."""
     if not getattr(args, "evaluate", None):
         whole_batches(examples, args.batch_size)
-    claim(out, args.resume)
+    if not claim(out, args.resume) and args.resume:
+        print(f"--resume: there is no earlier run in {out}; this one starts from the beginning")
     with attempt("a trial figure", {}):
         plt.figure().savefig(io.BytesIO())
         plt.close()
@@ -1409,17 +1411,15 @@ def prepare(out: Path, args: argparse.Namespace, examples: int) -> None:
 LOCKED: dict[Path, int] = {}  # folders that this process writes into, each with its descriptor
 
 
-def claim(out: Path, resume: bool) -> None:
-    """Make the folder this run's own. It ends here if another live run writes into it.
+def claim(out: Path, resume: bool) -> bool:
+    """Make the folder this run's own, and return whether an earlier run was there. Ends if another run is alive there.
 
     Results of an earlier run are moved, whole, to a folder with a number: OUT/q2b to OUT/q2b.1; with resume they stay.
     """
     if rank_and_world()[0]:  # rank 0 writes for all
-        return
+        return True
     lock(make_folder(out))
     earlier_run = any((out / name).exists() for name in ("metrics.json", "checkpoint.pt", "progress"))
-    if resume and not earlier_run:
-        print(f"--resume: there is no earlier run in {out}; this one starts from the beginning")
     if not resume and earlier_run:
         if (out / "evaluate").exists():  # another process may be writing there
             lock(out / "evaluate")
@@ -1430,6 +1430,7 @@ def claim(out: Path, resume: bool) -> None:
             LOCKED[earlier] = LOCKED.pop(out)
         print(f"earlier results in {out} are now in {earlier}; to go on with an earlier run: --resume")
         lock(make_folder(out))
+    return earlier_run
 
 
 def lock(folder: Path) -> None:
@@ -1495,13 +1496,13 @@ def write_metrics(out: Path, args: argparse.Namespace, metrics: dict[str, Any]) 
     write_whole(out / "metrics.json", lambda file: file.write(text.encode()))
 
 
-def write_report(out: Path, report: str, failed: dict[str, str]) -> None:
-    """report.md, which names below its title what is missing; in that case the program ends with status 1."""
+def write_report(out: Path, report: str, failed: dict[str, str], last: bool = True) -> None:
+    """report.md, which names below its title what is missing; the last report then ends the program with status 1."""
     missing = "".join(f"**Missing: {what}.** {reason}\n\n" for what, reason in failed.items())
     title, rest = report.split("\n\n", 1)
     write_whole(out / "report.md", lambda file: file.write(f"{title}\n\n{missing}{rest}".encode()))
     print(f"wrote {out / 'report.md'}, its figures and metrics.json")
-    if failed:
+    if failed and last:
         fail(f"missing: {', '.join(failed)}; once mended, the same command with --resume adds it without training", 1)
 
 
@@ -1651,7 +1652,7 @@ colour apart: what neighbours share has to be in z, or is paid for again at each
     )
     verdict = " **CHECK FAILED: trust no KL here.**" if gap > 1e-6 else ""
     return f"""**A test image costs at most {bound:.3f} bits/dim.** Lossless files of the first test images (1,000 at
-most), headers and all, in bits/dim: {listed}.{why}
+most), headers and all, in bits/dim: {listed or "missing"}.{why}
 
 | split | −ELBO, bits/dim | KL term | decoder term |
 |---|---|---|---|
@@ -1664,7 +1665,7 @@ autograd's Jacobian say.{verdict}
 
 ![curves](curves.png)
 
-The curves are of the training that made the weights, on fewer images of each split of its data. The weights kept are
+The curves show the training of these weights, on fewer images of each split of its own data. The weights kept are
 those of epoch {curves["best_epoch"]:g}, the best on validation. Training steps that were skipped, as loss or gradients
 were not finite: {curves["skipped_steps"]}.
 {floor_text(metrics.get("floor"), colours_apart)}"""
@@ -1675,11 +1676,11 @@ def floor_text(floor: dict[str, Any] | None, colours_apart: bool) -> str:
     if not floor:
         return ""
     known, apart = floor["scene_known_bpd"], floor["colours_apart_bpd"]
-    colours = f"""Its decoder codes a pixel's colours together, which apart would cost
-at least {apart - known:.2f} with a perfect code."""
+    colours = f"""Its decoder codes a pixel's colours together: coded apart they
+would cost at least {apart - known:.2f} more, even with a perfect code."""
     if colours_apart:
-        colours = f"""A decoder that codes the colours apart pays {apart - known:.2f} of it even
-with a perfect code, unless the code carries noise."""
+        colours = f"""Of this, {apart - known:.2f} is the
+price of coding the colours apart, even with a perfect code (unless the code carries the noise)."""
     return f"""
 ## How far from the floor
 
@@ -1745,16 +1746,17 @@ def launch(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a log shows each line at once; a console without a letter shows a ?
             stream.reconfigure(line_buffering=True, errors="replace")
+    before: dict[int, Any] = {}
 
     def interrupt(number: int, frame: Any) -> None:
         try:
             fail("interrupted; the same command with --resume goes on from the last checkpoint, if any")
-        finally:  # at once, as a kill does: every file is whole at any moment, and Python may drop an exception here
+        finally:  # not by an exception, which Python may drop here; nothing is lost, as files are whole at any moment
             os._exit(128 + number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has the first two; nohup ignores SIGHUP
         if not IN_KERNEL and hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), interrupt)
+            before[getattr(signal, name)] = signal.signal(getattr(signal, name), interrupt)
     try:
         main()
     except (MemoryError, RuntimeError) as error:
@@ -1766,6 +1768,8 @@ def launch(main: Callable[[], None]) -> None:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}; what was there before is kept; --resume goes on", 1)
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if rank_and_world()[1] > 1:
             dist.destroy_process_group()
 

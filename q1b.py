@@ -357,7 +357,7 @@ def plot_both_curves(curves: dict[str, Any], final: dict[str, Any], path: Path) 
     save_figure(fig, path)
 
 
-def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
     """All of 1B with one seed: trains, writes checkpoint, metrics, figures and report; returns the metrics."""
     points, labels = make_points()
     data = split_points("three clusters", points[:5000] if args.smoke else points)
@@ -399,7 +399,7 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         plot_latents(latents, labels, final, out / "latents.png")
     metrics["failed"] = failed
     write_metrics(out, args, metrics)
-    write_report(out, report(metrics), failed)
+    write_report(out, report(metrics), failed, last)
     return metrics
 
 
@@ -411,12 +411,15 @@ def main(argv: list[str] | None = None) -> None:
     runs: dict[int, dict[str, Any]] = {}
     for seed in range(args.seed, args.seed + args.seeds):
         one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "started": time.monotonic()})
-        runs[seed] = run(one, out if seed == args.seed else out / f"seed_{seed}")
+        runs[seed] = run(one, out if seed == args.seed else out / f"seed_{seed}", last=args.seeds == 1)
     if args.seeds > 1:
         seeds = {seed: of_seed["final"] for seed, of_seed in runs.items()}
-        metrics = runs[args.seed] | {"args": settings(args), "seeds": seeds}
+        failed: dict[str, str] = {}
+        for seed, of_seed in runs.items():
+            failed |= {f"{what} (seed {seed})": why for what, why in of_seed["failed"].items()}
+        metrics = runs[args.seed] | {"args": settings(args), "seeds": seeds, "failed": failed}
         write_metrics(out, args, metrics)
-        write_report(out, report(metrics), {})
+        write_report(out, report(metrics), failed)
 
 
 if __name__ == "__main__" and not pasted_into_cell():

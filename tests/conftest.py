@@ -108,7 +108,7 @@ def background(request, tmp_path_factory):
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     for process in running:
-        process.kill()
+        process.terminate()  # which torchrun hands on to its workers
 
 
 @pytest.fixture(scope="session")

@@ -236,7 +236,7 @@ def test_only_decoders_that_code_colours_apart_are_said_to_pay_for_it():
     floor = {"images": 9, "scene_known_bpd": 2.0, "scene_known_se_bpd": 0.1, "colours_apart_bpd": 2.9,
              "excess_bpd": 1.5, "excess_se_bpd": 0.2}  # fmt: skip
     apart, together = (core.floor_text(floor, colours_apart=apart) for apart in (True, False))
-    assert "pays 0.90 of it" in apart and "pays 0.90" not in together and "colours together" in together
+    assert "Of this, 0.90" in apart and "Of this" not in together and "at least 0.90 more" in together
     assert all("1.5000 ± 0.2000 more than the noise" in text and "| 3.5000 |" in text for text in (apart, together))
     assert core.floor_text(None, colours_apart=True) == ""
 

@@ -40,6 +40,17 @@ def test_1a_least_kl(data, decoder):
     assert q1a.closed_form(q1a.true_covariance(data), decoder)[1] == pytest.approx(expected, abs=1e-6)
 
 
+def test_1a_least_kl_of_unequal_variances():
+    """Against a search: of the diagonal D with covariance - D singular, the one of the largest determinant."""
+    (a, b), (_, c) = covariance = np.array([[4.0, 1.0], [1.0, 1.0]])
+    d1 = np.linspace(0, a - b**2 / c, 200_001)[:-1]
+    d2 = c - b**2 / (a - d1)
+    best = (d1 * d2).argmax()
+    stds, kl = q1a.closed_form(covariance, "diagonal")
+    assert np.square(stds) == pytest.approx([d1[best], d2[best]], abs=1e-4)
+    assert kl == pytest.approx(0.5 * math.log((a * c - b**2) / (d1 * d2)[best]), abs=1e-8)
+
+
 def test_1b_points_are_the_handouts():
     points, labels = q1b.make_points()
     assert points.shape == (99_999, 2) and np.bincount(labels).tolist() == [33_333] * 3

@@ -28,7 +28,7 @@ FIGURES = {
 }  # fmt: skip
 TRAININGS = {  # checkpoints in the folder progress: one for each training but the script's own
     "q1a": {f"{data}_{decoder}" for data in ("data1", "data2") for decoder in ("diagonal", "isotropic")},
-    "q1b": {"short_run", "diagonal", "isotropic"}, "q2a": set(), "q2b": {"flow_alone"},
+    "q1b": {"short_run", "diagonal", "isotropic"}, "q2a": set(), "q2b": {"flow_alone_1"},
     "bonus": {"receptive_field_1", "receptive_field_2", "receptive_field_3", "no_code"},
 }  # fmt: skip
 IMAGES = ("q2a", "q2b", "bonus")
@@ -108,8 +108,8 @@ def test_metrics_of_q1b(smoke):
     final = results(smoke[0], "q1b")["final"]
     assert set(final) == {"diagonal", "isotropic"}
     for model in final.values():
-        check_bound(model["train"])
-        check_bound(model["test"])
+        for split in core.SPLITS:
+            check_bound(model[split])
         first = model["first100"]
         assert {"neg_elbo_bpd", "neg_elbo_se_bpd", "neg_iwae100_bpd", "neg_iwae100_se_bpd", "floor_bpd"} <= set(first)
         assert first["neg_iwae100_bpd"] <= first["neg_elbo_bpd"]
@@ -192,6 +192,24 @@ def test_several_seeds_are_the_runs_of_each_seed_with_mean_and_deviation(smoke, 
     )  # fmt: skip
     assert row.startswith(f"| data2_diagonal | {mean:.4f} ± {deviation:.4f} |")
     assert "seeds" not in (folder / "seed_1" / "report.md").read_text("utf-8")
+
+
+def test_a_figure_that_one_seed_cannot_draw_stops_no_other_seed(tmp_path, undrawn, monkeypatch):
+    plot, drawn = q1a.plot_evidence, []
+
+    def plot_evidence(*args):
+        drawn.append(args)
+        if len(drawn) == 1:
+            raise ValueError("a mistake")
+        plot(*args)
+
+    monkeypatch.setattr(q1a, "plot_evidence", plot_evidence)
+    with pytest.raises(SystemExit) as stop:
+        q1a.main(["--smoke", "--epochs", "0", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path)])
+    folder = tmp_path / "smoke" / "q1a"
+    assert stop.value.code == 1 and set(results(folder, "")["failed"]) == {"evidence.png (seed 0)"}
+    assert "Missing: evidence.png" in (folder / "report.md").read_text("utf-8")
+    assert "Missing" not in (folder / "seed_1" / "report.md").read_text("utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------- --evaluate
@@ -294,7 +312,8 @@ def test_2b_takes_2as_model_of_the_same_arguments_only(smoke, capsys):
     path = smoke[0] / "q2a" / "checkpoint.pt"
     args = image_args("q2b", "--precision", results(smoke[0], "q2a")["args"]["precision"])
     splits = core.load_images(args).splits
-    q2b.make_2a(args, splits, path)  # control: is not refused
+    q2b.make_2a(args, splits, path)  # control: is not refused, nor one to train on to more epochs
+    q2b.make_2a(argparse.Namespace(**{**vars(args), "epochs": 5, "resume": True}), splits, path)
     capsys.readouterr()
     others = {k: x.flip(0) for k, x in splits.items()}
     for changes, data, culprit in (({"lr": 0.5}, splits, "--lr"), ({"seed": 3}, splits, "--seed"),

@@ -158,7 +158,8 @@ def first_failure(file, source, groups):
     with tempfile.TemporaryDirectory() as folder:
         for path in (*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "pyproject.toml"):
             shutil.copy(path, folder)
-        shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for name, left_out in (("tests", "__pycache__"), ("results", "*.png")):
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns(left_out))
         (Path(folder) / file).write_text(source, "utf-8")
         for names in groups:
             tests = [f"tests/test_{name}.py" for name in names]
