@@ -120,7 +120,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("2a of other epochs accepted", "q2b.py", "{'--epochs': args.epochs}", "{'--epochs': saved['args']['epochs']}"),
     ("verdict without errors", "q2b.py", 'abs(change["bpd"]) > 2 * change["se_bpd"]', "True"),
     ("correlation of a position with itself", "q2b.py", "(z[..., :-1], z[..., 1:])", "(z[..., :-1], z[..., :-1])"),
-    ("failures after training swallowed", "core.py", "if failed: fail(", "if False:\n        fail("),
+    ("failures after training swallowed", "core.py", "if failed and last: fail(", "if False:\n        fail("),
     ("taps on the CPU", "core.py", "torch.arange(size * size // 2 + 1, device=x.device)", "torch.arange(size * size // 2 + 1)"),
     ("wavefronts on the CPU", "core.py", "torch.tensor(groups[k], device=device)", "torch.tensor(groups[k], device='cpu')"),
 ]  # fmt: skip
