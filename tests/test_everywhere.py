@@ -1,5 +1,6 @@
 """Wherever the scripts run: settings that ask for what is not there, a log in place of a terminal, two runs at once."""
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -268,9 +269,10 @@ def test_an_earlier_runs_results_are_moved_whole_and_with_resume_they_stay(scrip
 
 
 def test_resume_says_so_if_there_is_nothing_to_go_on_from(out, tmp_path, capsys):
-    core.claim(tmp_path / "smoke" / "q2a", resume=True)
+    args = argparse.Namespace(resume=True, batch_size=1)
+    core.prepare(tmp_path / "smoke" / "q2a", args, examples=1)
     assert not capsys.readouterr().out
-    core.claim(tmp_path / "new", resume=True)
+    core.prepare(tmp_path / "new", args, examples=1)
     assert "no earlier run" in capsys.readouterr().out
 
 
