@@ -1587,7 +1587,7 @@ def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path,
     h, w = (max(grid.shape[k] for grid in grids.values()) for k in (0, 1))
     down, across = (len(grids), 1) if stacked else (1, len(grids))
     width = across * (w + 20) + 20
-    title = "\n".join(textwrap.fill(line, int(width / 9.4)) for line in title.splitlines())  # pixels per letter
+    title = "\n".join(textwrap.fill(line, int(width / 10)) for line in title.splitlines())  # pixels per letter
     height = down * (h + 35) + 20 + 22 * (title.count("\n") + 1)
     fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     for k, (name, grid) in enumerate(grids.items()):
@@ -1691,9 +1691,8 @@ price of coding the colours apart, even with a perfect code (unless the code car
 | scene known, but each pixel's three colours coded apart | {apart:.4f} |
 | this model's −ELBO | {known + floor["excess_bpd"]:.4f} |
 
-No model can go below the noise. This model
-pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more than the noise (paired by image). {colours}
-What remains is the code's price, what it misses, and training that could go on.
+No model can go below the noise. This model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more
+than it (paired by image). {colours} What remains is the code's price, what it misses, and training that could go on.
 """
 
 
