@@ -1642,7 +1642,9 @@ def bounds_text(metrics: dict[str, Any], colours_apart: bool) -> str:
     listed = ", ".join(f"{codec} {bits:.3f}" for codec, bits in codecs.items())
     cheaper = " and ".join(codec for codec, bits in codecs.items() if bits < bound)
     why = ""
-    if cheaper and colours_apart:
+    if bound > 8:
+        why = " A uniform guess costs 8: this model has learned too little to be of use."
+    elif cheaper and colours_apart:
         why = f""" The model is above {cheaper}: codecs predict
 a pixel from its neighbours, WebP also one colour from another. This decoder, once it has z, codes every pixel and every
 colour apart: what neighbours share has to be in z, or is paid for again at each pixel."""

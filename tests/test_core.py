@@ -460,5 +460,7 @@ def test_a_wrong_prior_is_found_by_the_runs_own_check(mistake):
     texts = [core.bounds_text(metrics | {"check_prior_nats": gap}, colours_apart=True) for gap in gaps]
     assert ["CHECK FAILED" in text for text in texts] == [False, True, False, False]
     assert all("not finite: 3." in " ".join(text.split()) for text in texts)  # the steps that were skipped
+    untrained = metrics | {"final": {"test": metrics["final"]["test"] | {"neg_elbo_bpd": 8.1}}}
+    assert ["too little to be of use" in core.bounds_text(m, True) for m in (metrics, untrained)] == [False, True]
     without = {name: value for name, value in metrics.items() if name not in ("check_prior_nats", "test_codecs_bpd")}
     assert "differs by nan" in core.bounds_text(without, colours_apart=True)  # the report's first lines say why
