@@ -440,7 +440,7 @@ def draw_figures(
 
 @gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
-    parser = ImageParser("bonus", least_latents=0)
+    parser = ImageParser("bonus")
     add = parser.add_argument
     add("--receptive-field", type=number(int, 1, 15), help="rows above, and columns to each side, that a pixel sees")
     add("--prior", choices=tuple(PRIORS), help="of z")

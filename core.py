@@ -27,13 +27,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 # torch reads this when it is imported: on Apple's mps, an operator that is missing runs on the CPU, with a warning.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-if "ipykernel" not in sys.modules:  # outside a notebook, figures go into files alone; Colab's own backend is no help
+if "ipykernel" not in sys.modules:  # a script writes figures to files alone; in Colab the environment says otherwise
     os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib
@@ -43,7 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm.auto
-from PIL import Image, ImageDraw, ImageFont  # Pillow comes with matplotlib and torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with matplotlib and torchvision
 from torch import Tensor, nn
 
 IN_KERNEL = "ipykernel" in sys.modules  # Jupyter's or Colab's, which shows figures and progress bars
@@ -54,14 +53,17 @@ if not IN_KERNEL:
 
 
 class Terms(NamedTuple):
-    """The two terms of the negative ELBO, each [B], in nats: recon = -log p(x|z) and kl = log q(z|x) - log p(z)."""
+    """The two terms of the negative ELBO, each [B], in nats: recon = -log p(data|z) and kl = log q(z|x) - log p(z).
+
+    For 8-bit images recon bounds -log P(levels|z): the dequantised density's term, 3072 ln 128 for the scale included.
+    """
 
     recon: Tensor
     kl: Tensor
 
     @property
     def neg_elbo(self) -> Tensor:
-        """-ELBO = recon + kl, [B], nats. Also minus the log importance weight log p(x, z) - log q(z|x)."""
+        """-ELBO = recon + kl, [B], nats. For one z, minus the log importance weight log p(x, z) - log q(z|x)."""
         return self.recon + self.kl
 
 
@@ -184,7 +186,7 @@ def bits_per_dim(nats: Any, num_dims: int) -> Any:
 
 
 def iwae(log_w: Tensor) -> Tensor:
-    """The importance-weighted bound log (1/K) sum_k w_k on log p(x). log_w [K, B] -> [B], nats.
+    """The importance-weighted bound log (1/K) sum_k w_k on log p(x). log_w [K, ...] -> [...], nats.
 
     log_w = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x). K = 1 is the ELBO; the bound rises with K in expectation
     (Burda et al. 2016, arXiv:1509.00519, theorem 1).
@@ -208,7 +210,7 @@ def quantise(x: Tensor) -> Tensor:
 
 
 def density_to_levels(log_p_x: Tensor, num_dims: int) -> Tensor:
-    """From a log density of x to that of v = levels + u, whose mean over u bounds log P(levels). [B] -> [B], nats.
+    """log p(x) -> log p(v), v = levels + u, whose mean over u is at most log P(levels). [B] -> [B], nats.
 
     v = 128 (x + 1), so p(v) = p(x) / 128 per dimension and log p(v) = log p(x) - num_dims ln 128; and
     E_u log p(v) <= log P(levels) by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1).
@@ -229,7 +231,7 @@ def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
 
 
 def standard_error(x: Tensor) -> float:
-    """Of the mean of x [N], N independent values."""
+    """The standard error of the mean of x [N], N independent values."""
     return x.std().item() / math.sqrt(len(x))
 
 
@@ -240,7 +242,7 @@ class VAE(nn.Module):
     """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)) and p(z), a `Prior` that can be swapped.
 
     encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. Kingma & Welling 2014 (arXiv:1312.6114).
-    A subclass for other data or another decoder replaces `to_x` and `log_p_x`.
+    A subclass for other data replaces `to_x` and `log_p_x`; with another decoder, also `decode` and `sample`.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior):
@@ -434,7 +436,7 @@ class MaskedConv2d(nn.Conv2d):
         i, j = taps // size, taps % size  # each [T]
         seen = F.pad(x, (half, half, half, half))[:, :, rows[:, None] + i, columns[:, None] + j]  # (B, C, P, T)
         out = torch.einsum("bcpt,oct->bop", seen, self.kernel()[:, :, i, j])
-        return (out if self.bias is None else out + self.bias[:, None])[..., None]
+        return (out + self.get_parameter("bias")[:, None])[..., None]
 
 
 class MaskedResidual(nn.Module):
@@ -502,7 +504,7 @@ class FlowPrior(Prior):
 
 
 def wavefront_slope(net: nn.Module) -> int:
-    """The least integer k such that j + k i is smaller at every position that (i, j) sees through net's masked layers.
+    """A slope k with j + k i smaller at every position that (i, j) sees through net's masked layers.
 
     The tap that asks for most is one row up and half a kernel to the right: half - k < 0. The offsets of stacked layers
     add up, so what holds for each layer holds for the net.
@@ -576,17 +578,17 @@ def sha256_of(splits: dict[str, Tensor]) -> str:
 def split_points(name: str, points: np.ndarray) -> Data:
     """Points [N, 2]: first 80 % train, the last tenth of it kept for validation; last 20 % test."""
     x = torch.from_numpy(points).float()
-    num_train, num_test = int(0.8 * len(x)) * 9 // 10, int(0.8 * len(x))
-    return Data(name, dict(zip(SPLITS, x.tensor_split([num_train, num_test]), strict=True)))
+    before_test = int(0.8 * len(x))
+    return Data(name, dict(zip(SPLITS, x.tensor_split([before_test * 9 // 10, before_test]), strict=True)))
 
 
 def load_images(args: argparse.Namespace) -> Data:
     """The images that --data names, as splits uint8 [N, 3, 32, 32]; under --limit N, N, N/10 and N/10 of them."""
-    limited = args.limit and (args.limit, args.limit // 10, args.limit // 10)
+    limited = (args.limit, args.limit // 10, args.limit // 10) if args.limit else None
     if args.data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(args.data_root))
     elif args.data == "synthetic":
-        name, arrays = "synthetic (a stand-in for SVHN)", load_synthetic(Path(args.data_root), limited or SVHN_SIZES)
+        name, arrays = "synthetic (a stand-in for SVHN)", make_synthetic(limited or SVHN_SIZES)
     else:
         name, arrays = load_own(Path(args.data), args.seed, only_test=args.evaluate is not None)
     if limited:
@@ -631,20 +633,20 @@ def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[
     print(f"reading {path}", flush=True)
     found, done = read_folder(path) if path.is_dir() else (read_npz(path), [])
     keys = {split_of(key): key for key in found}
-    kinds = set(keys) if len(keys) == len(found) else set()
-    alone = {"test"} if only_test else {""}
-    if kinds not in ({""}, {"train", "test"}, set(SPLITS), alone):
+    kinds = set(keys) if len(keys) == len(found) else set()  # none, if two sets are of one split
+    allowed = [{""}, {"train", "test"}, set(SPLITS)] + [{"test"}] * only_test
+    if kinds not in allowed:
         has = ", ".join(f"{key} {list(x.shape)}" for key, x in found.items()) or "no images"
         need = "one set of images, or sets named train and test (and valid)"
         fail(f"--data {path}: needs {need}; found {has}; np.savez('images.npz', train=x, test=y) makes such a file")
     splits = {split: to_images(found[key], f"--data {path}: {key}", done) for split, key in keys.items()}
-    order = np.random.RandomState(seed)
+    random = np.random.RandomState(seed)
     if kinds == {""}:
-        x = splits[""][order.permutation(len(splits[""]))]
+        x = random.permutation(splits[""])  # along the first axis
         splits = dict(zip(SPLITS, np.split(x, [len(x) * 8 // 10, len(x) * 9 // 10]), strict=True))
         done.append("split 80/10/10")
     elif kinds == {"train", "test"}:
-        x = splits["train"][order.permutation(len(splits["train"]))]
+        x = random.permutation(splits["train"])
         splits["train"], splits["valid"] = np.split(x, [len(x) * 9 // 10])
         done.append("a tenth of train kept for validation")
     elif kinds == {"test"}:
@@ -657,11 +659,9 @@ def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[
 
 def split_of(key: str) -> str:
     """The split that an array's or a folder's name tells, such as x_train or Validation; "" if none."""
-    for word in re.split("[^a-z]+", key.lower()):
-        for split, names in {"train": ("training",), "valid": ("val", "validation"), "test": ("testing",)}.items():
-            if word in (split, *names):
-                return split
-    return ""
+    names = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+    names |= {"valid": "valid", "val": "valid", "validation": "valid"}
+    return next((names[word] for word in re.split("[^a-z]+", key.lower()) if word in names), "")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -689,7 +689,8 @@ def read_folder(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """
     images: dict[str, list[np.ndarray]] = {}
     sizes, modes = set(), set()
-    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     for file in progress_bar(files, desc=f"reading {path}"):
         top, *below = file.relative_to(path).parts
         try:
@@ -698,16 +699,17 @@ def read_folder(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
                     raise ValueError("its levels have more than 8 bits")
                 sizes.add(image.size)
                 modes.add(image.mode)
-                x = np.asarray(image.convert("RGB").resize((32, 32)))
+                x = np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((32, 32)))
         except Exception as error:  # Pillow's are many
             fail(f"--data {path}: {file.name} is no readable 8-bit image ({error}); convert or remove it")
-        images.setdefault((split_of(top) if below else "") or "others", []).append(x)
+        split = split_of(top) if below else ""
+        images.setdefault(split or "others", []).append(x)
     done = [f"a folder of {len(files):,} images"]
     if modes - {"RGB"}:
         done.append("all made RGB")
     if sizes - {(32, 32)}:
-        w, h = max(sizes)
-        done.append(f"resized from {w} x {h}{' and other sizes' * (len(sizes) > 1)}")
+        w, h = max(sizes - {(32, 32)})
+        done.append(f"resized to 32 x 32 from {w} x {h}{' and other sizes' * (len(sizes) > 1)}")
     return {name: np.stack(some) for name, some in images.items()}, done
 
 
@@ -720,9 +722,9 @@ def to_images(x: np.ndarray, where: str, done: list[str]) -> np.ndarray:
         x = x.transpose((0, 2, 3, 1) if channels[0] == 1 else (3, 0, 1, 2))
         done.append("channels moved last")
     if x.shape[1:3] != (32, 32):
-        done.append(f"resized from {x.shape[2]} x {x.shape[1]}")
-        bar = progress_bar(x, desc="resizing", delay=2)
-        x = np.stack([np.asarray(Image.fromarray(image).resize((32, 32))) for image in bar])
+        done.append(f"resized to 32 x 32 from {x.shape[2]} x {x.shape[1]}")
+        resized = [Image.fromarray(image).resize((32, 32)) for image in progress_bar(x, desc="resizing", delay=2)]
+        x = np.stack([np.asarray(image) for image in resized])
     return np.ascontiguousarray(x)
 
 
@@ -769,36 +771,29 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
 SYNTHETIC_BATCH = 1024  # images of the stream that are drawn together: part of what a seed means
 
 
-def load_synthetic(root: Path, sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """Synthetic splits, three uint8 [N, 32, 32, 3] in the order of the stream; the whole set is kept under root."""
-    path, whole = root / "synthetic_v1.npz", sizes == SVHN_SIZES
-    if whole and path.exists():
-        return load_own(path, 0)[1]
-    print(f"making {sum(sizes):,} synthetic images" + (f", kept in {path}" if whole else ""), flush=True)
+def make_synthetic(sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Synthetic splits of these sizes, uint8 [N, 32, 32, 3] each, in the order of the stream with seed 0."""
+    print(f"drawing {sum(sizes):,} synthetic images", flush=True)
     images = np.concatenate([images for images, _, _ in synthetic_batches(0, sum(sizes))])
-    splits = np.split(images, np.cumsum(sizes)[:-1])
-    if whole:
-        make_folder(root)
-        write_whole(path, lambda file: np.savez(file, train=splits[0], valid=splits[1], test=splits[2]))
-    return splits
+    return np.split(images, np.cumsum(sizes)[:-1])
 
 
 def synthetic_batches(start: int, stop: int, seed: int = 0) -> Iterator[tuple[np.ndarray, Tensor, dict[str, Tensor]]]:
-    """Images start..stop-1 of the stream that belongs to the seed, in batches: images uint8 [n, 32, 32, 3], their
+    """Images start..stop-1 of the stream that belongs to the seed, in batches: images, their pictures, their scenes.
 
-    pictures before the noise [n, 3, 32, 32] in grey levels, and their scenes. What comes before is drawn, not rendered.
+    images uint8 [n, 32, 32, 3]; pictures, before the noise, [n, 3, 32, 32] in grey levels. What comes before `start` is
+    drawn, not rendered.
     """
     generator, atlas = torch.Generator().manual_seed(seed), digit_atlas()
     for first in range(0, stop, SYNTHETIC_BATCH):
-        scenes = draw_scenes(SYNTHETIC_BATCH, generator)
-        common, own = (torch.randn(SYNTHETIC_BATCH, c, 32, 32, generator=generator) for c in (1, 3))
-        if start < first + SYNTHETIC_BATCH:
+        wanted = slice(max(0, start - first), stop - first)
+        scenes = {name: numbers[wanted] for name, numbers in draw_scenes(SYNTHETIC_BATCH, generator).items()}
+        common, own = (torch.randn(SYNTHETIC_BATCH, c, 32, 32, generator=generator)[wanted] for c in (1, 3))
+        if len(common):
             pictures = render(scenes, atlas)
             # Most of the noise is common to the three colours, a little is each colour's own.
             x = pictures + noise_amount(scenes)[:, None, None, None] * (common + 0.25 * own)
-            images = x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            wanted = slice(max(0, start - first), stop - first)
-            yield images[wanted], pictures[wanted], {name: numbers[wanted] for name, numbers in scenes.items()}
+            yield x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(), pictures, scenes
 
 
 def draw_scenes(n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -817,17 +812,17 @@ def noise_amount(scenes: dict[str, Tensor]) -> Tensor:
     return torch.exp(math.log(1.8) + 0.5 * scenes["z_amount"])
 
 
-def digit_atlas(size: int = 64) -> Tensor:
-    """Coverage masks of the ten digits in each of matplotlib's text fonts, [fonts, 10, size, size] in [0, 1]."""
+def digit_atlas() -> Tensor:
+    """Coverage masks of the ten digits in each of matplotlib's text fonts, [fonts, 10, 64, 64] in [0, 1]."""
     folder, atlas = Path(matplotlib.get_data_path()) / "fonts" / "ttf", []
     for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold",
                  "STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta"):  # fmt: skip
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), size)
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 64)
         for digit in "0123456789":
-            image = Image.new("L", (size, size))
-            ImageDraw.Draw(image).text((size / 2, size / 2), digit, fill=255, font=font, anchor="mm")
+            image = Image.new("L", (64, 64))
+            ImageDraw.Draw(image).text((32, 32), digit, fill=255, font=font, anchor="mm")
             atlas.append(np.asarray(image, dtype=np.float32) / 255)
-    return torch.from_numpy(np.stack(atlas)).reshape(-1, 10, size, size)
+    return torch.from_numpy(np.stack(atlas)).reshape(-1, 10, 64, 64)
 
 
 def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
@@ -893,7 +888,8 @@ def scene_log_prob(levels: Tensor, mean: Tensor, amount: Tensor, apart: bool = F
     if apart:
         return sum_dims(log_normal_mass(low / math.sqrt(17 / 16), high / math.sqrt(17 / 16)))
     points = step * torch.arange(-round(7 / step), round(7 / step) + 1).to(low)
-    peak = 16 / 49 * (low.clamp(min=0) + high.clamp(max=0)).sum(1)  # were each colour's level | n just out of reach
+    # The integrand's peak, as if each colour lay at its bin's point nearest to the mean.
+    peak = 16 / 49 * (low.clamp(min=0) + high.clamp(max=0)).sum(1)  # 16 = 1 / (1/4)^2, 49 = 1 + 3 * 16
     log_prob = []
     for low_b, high_b, peak_b in zip(low, high, peak, strict=True):  # one image at a time: 1 MB per tensor
         n = peak_b + points[:, None, None]  # (points, H, W)
@@ -907,22 +903,17 @@ def scene_log_prob(levels: Tensor, mean: Tensor, amount: Tensor, apart: bool = F
 SCENE_COST_BPD = 0.0463  # what the scene itself costs, at most: tests/tools/floor.py, results/published/floor.json
 
 
-def synthetic_floor(splits: dict[str, Tensor], neg_elbo: Tensor, most: int = 1000) -> dict[str, Any]:
-    """The floor of the first synthetic test images, and how far a model's neg_elbo [N], nats, is above it; bits/dim.
+def synthetic_floor(splits: dict[str, Tensor], neg_elbo: Tensor) -> dict[str, Any]:
+    """The floor of the first 1,000 synthetic test images, and how far neg_elbo [N], nats, is above it; bits/dim.
 
     scene_known: the mean of -log P(levels | scene), the lower side; the upper side is SCENE_COST_BPD above it.
     colours_apart: the same if each pixel's colours were coded apart. excess: of neg_elbo over scene_known, by image.
     """
-    levels, start = splits["test"][:most].cpu(), len(splits["train"]) + len(splits["valid"])
-    known, apart, again = [], [], []
-    for images, pictures, scenes in synthetic_batches(start, start + len(levels)):
-        same = torch.from_numpy(images).permute(0, 3, 1, 2)
-        known.append(-scene_log_prob(same, pictures, noise_amount(scenes)))
-        apart.append(-scene_log_prob(same, pictures, noise_amount(scenes), apart=True))
-        again.append(same)
-    if (torch.cat(again).int() - levels.int()).abs().float().mean() > 1e-4:  # processors differ in a float's last digit
-        raise ValueError(f"these test images are not the synthetic ones from {start} on")
-    bits_known, bits_apart = (bits_per_dim(torch.cat(nats), levels[0].numel()) for nats in (known, apart))
+    levels, start = splits["test"][:1000].cpu(), len(splits["train"]) + len(splits["valid"])
+    _, pictures, scenes = zip(*synthetic_batches(start, start + len(levels)), strict=True)
+    mean, amount = torch.cat(pictures), torch.cat([noise_amount(batch) for batch in scenes])
+    known, apart = (-scene_log_prob(levels, mean, amount, apart=apart) for apart in (False, True))
+    bits_known, bits_apart = bits_per_dim(known, levels[0].numel()), bits_per_dim(apart, levels[0].numel())
     excess = bits_per_dim(neg_elbo[: len(levels)], levels[0].numel()) - bits_known
     return {
         "images": len(levels),
@@ -940,10 +931,6 @@ def check_above(excess: float, error: float) -> None:
 
 # ------------------------------------------------------------------------------------------------------- training
 
-KEEP_SECONDS = 60  # between checkpoints within an epoch
-MOST_SKIPPED = 10  # steps in a row without a finite gradient, before training stops
-CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
-
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
@@ -953,21 +940,20 @@ def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
     on every device and for any number of processes, each of which takes whole batches. The seed belongs to the
     evaluation, not to the run, so that two models are compared on the same noise.
     """
-    was_training = model.training
-    model.eval()
     rank, world = rank_and_world()
     batches = evaluation_batches(x)
     recon, kl = torch.zeros(2, len(x), device=x.device)
     for k in progress_bar(range(rank, len(batches), world), desc="evaluating", delay=2):
         recon[batches[k]], kl[batches[k]] = model(x[batches[k]], fixed_noise("evaluation", seed, k))
-    model.train(was_training)
-    return Terms(*(sum_over_processes(term).cpu().double() for term in (recon, kl)))
+    recon, kl = (sum_over_processes(term).cpu().double() for term in (recon, kl))
+    return Terms(recon, kl)
 
 
 def error_of_one_draw(model: nn.Module, x: Tensor, neg_elbo: Tensor) -> float:
     """The standard error that one draw of u and z per example leaves in the mean of neg_elbo [N], nats; in bits/dim.
 
-    From a second draw for the first 1,000 examples: half the variance of the difference is that of one draw.
+    From a second draw for the first 1,000 examples: half the variance of the difference is that of one draw. It is a
+    part of the standard error over examples, not on top of it: each example has noise of its own.
     """
     difference = evaluate(model, x[:1000], seed=1).neg_elbo - neg_elbo[:1000]
     return bits_per_dim(difference.std().item() / math.sqrt(2 * len(x)), x[0].numel())
@@ -986,12 +972,13 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Tensor]) -> dict[str, Te
 
 
 @torch.no_grad()
-def evaluate_points(model: VAE, x: Tensor, draws: int = 64) -> tuple[Terms, float]:
+def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
     """Both terms for points x [N, 2] under the prior N(0, I), almost without Monte Carlo noise: Terms of [N], nats.
 
-    The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over `draws` samples of z per
-    point. Also the standard error, nats, that these draws leave in the mean over points: sqrt(sum_n s_n^2 / draws) / N.
+    The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z per point.
+    Also the standard error, nats, that these draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N.
     """
+    draws = 64
     kl, recon, variances = [], [], []
     for k, some in enumerate(x.split(1000)):
         mu, log_std = model.encoder(some)  # each (B, 2)
@@ -1001,7 +988,8 @@ def evaluate_points(model: VAE, x: Tensor, draws: int = 64) -> tuple[Terms, floa
         kl.append(sum_dims((mu**2 + torch.exp(2 * log_std) - 1) / 2 - log_std).cpu().double())
         recon.append(-log_p.mean(0))
         variances.append(log_p.var(0))
-    return Terms(torch.cat(recon), torch.cat(kl)), (torch.cat(variances).sum() / draws).sqrt().item() / len(x)
+    error = (torch.cat(variances).sum() / draws).sqrt().item() / len(x)
+    return Terms(torch.cat(recon), torch.cat(kl)), error
 
 
 @torch.no_grad()
@@ -1031,20 +1019,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # learning rate over its pea
     "one-cycle": lambda done: done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9)),
     "trapezoid": lambda done: min(1.0, done / 0.05, (1 - done) / 0.7),
 }
-HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")  # what the handout recommends: --handout
 
 
-def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalise(x: Tensor) -> Tensor:
     """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [n, a, b >= a] -> same.
 
-    Newton-Schulz, x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. All factors are polynomials of
-    the first g, so the iteration needs the small g alone; q is their product.
+    Five steps of Newton-Schulz, x <- (3.4445 - 4.7750 g + 2.0315 g^2) x with g = x x^T, from x / |x|. Each factor is a
+    polynomial of g, so the loop works on the small g alone; q collects the factors and meets x once, at the end.
     """
     g = x @ x.mT  # (n, a, a)
     norm = g.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30).sqrt()[:, None, None]
     identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     g, q = g / norm**2, identity / norm
-    for _ in range(iterations):
+    for _ in range(5):
         factor = 3.4445 * identity - 4.7750 * g + 2.0315 * g @ g
         g, q = factor @ g @ factor, factor @ q
     return q @ x
@@ -1055,11 +1042,12 @@ class Muon(torch.optim.Optimizer):
 
     Adam moves a kernel mostly along the few directions that its gradients share; here every direction of the update
     counts alike. K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon). As a matrix, a kernel keeps the smaller of
-    a and b as one side and has all else on the other; kernels of equal shape go through one batched product.
+    a and b as one side and has all else on the other; a and b are the tensor's, also for a transposed convolution.
+    Kernels of equal shape go through one batched product.
     """
 
-    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float = 0.95):
-        super().__init__(kernels, dict(lr=lr, momentum=momentum))
+    def __init__(self, kernels: Iterable[Tensor], lr: float):
+        super().__init__(kernels, dict(lr=lr, momentum=0.95))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -1070,8 +1058,10 @@ class Muon(torch.optim.Optimizer):
         for (a, b, *_), kernels in by_shape.items():
             updates = []
             for kernel in kernels:
-                m = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
-                gradient: Any = kernel.grad
+                state, gradient = self.state[kernel], cast(Tensor, kernel.grad)
+                if not state:
+                    state["momentum"] = torch.zeros_like(kernel)
+                m = state["momentum"]
                 m.lerp_(gradient, 1 - group["momentum"])
                 updates.append(gradient.lerp(m, group["momentum"]).movedim(1, -1))  # no copy if channels are last
             update = torch.stack(updates)  # (n, a, h, w, b)
@@ -1087,11 +1077,22 @@ def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.o
 
     Adam keeps what touches pixels, the 1x1 heads and the biases, as Muon's authors advise.
     """
+
+    def for_muon(p: Tensor) -> bool:
+        return muon_lr > 0 and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)
+
     learned = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)]
-    others = [p for p in learned if id(p) not in set(map(id, hidden))]
+    hidden, others = [p for p in learned if for_muon(p)], [p for p in learned if not for_muon(p)]
     adam = torch.optim.Adam(others, lr=lr, fused=others[0].device.type in ("cpu", "cuda"))
     return [adam, Muon(hidden, lr=muon_lr)] if hidden else [adam]
+
+
+CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
+
+
+def no_curves() -> dict[str, Any]:
+    """Curves before the first look."""
+    return {"step": [], "epoch": [], **{split: {key: [] for key in CURVE_KEYS} for split in SPLITS}}
 
 
 @dataclass
@@ -1100,26 +1101,28 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    curves: dict[str, Any] = field(
-        default_factory=lambda: {"step": [], "epoch": [], **{s: {k: [] for k in CURVE_KEYS} for s in SPLITS}}
-    )
+    examples: int = 0  # of each split that a look evaluates: one number for the whole curve, also with more epochs
+    curves: dict[str, Any] = field(default_factory=no_curves)
     best_bound: float = math.inf  # -ELBO on validation, bits/dim
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     skipped: int | Tensor = 0  # steps without a finite gradient, counted on the device
     skipped_in_a_row: int | Tensor = 0
 
 
+KEEP_SECONDS = 60  # between checkpoints within an epoch
+MOST_SKIPPED = 10  # steps in a row without a finite gradient, before training stops
+
+
 def fit(
-    model: Any, splits: dict[str, Tensor], *, epochs: int, batch_size: int, lr: float, muon_lr: float = 0.0,
-    schedule: str = "one-cycle", kl_warmup: float | None = None, seed: int = 0,
-    precision: str = "fp32", path: Path | None = None, resume: bool = False, run: dict[str, Any] | None = None,
-    name: str = "",
+    model: Any, splits: dict[str, Tensor], *, epochs: int, batch_size: int, lr: float, path: Path, run: dict[str, Any],
+    muon_lr: float = 0.0, schedule: str = "one-cycle", kl_warmup: float | None = None, seed: int = 0,
+    precision: str = "fp32", resume: bool = False, name: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
 
     lr and muon_lr: the schedule's peaks for Adam and for Muon (`make_optimisers`). kl_warmup: over this fraction of
-    training the KL's weight rises from 0 to 1. At about twenty steps the first examples of every split are evaluated
-    (`looked_at`, `steps_to_look`); the best weights are those with the lowest -ELBO on validation's. path: the
+    training the KL's weight rises from 0 to 1. At 21 steps the first examples of every split are evaluated
+    (`num_looked_at`, `steps_to_look`); the best weights are those with the lowest -ELBO on validation's. path: the
     checkpoint, written after each epoch and every minute. With resume, training goes on from it, on a CPU to the same
     bits: order and noise of a step are functions of the seed and the step alone. run: script and arguments, for the
     checkpoint. name: of the model, in what is printed.
@@ -1128,26 +1131,28 @@ def fit(
     steps_per_epoch = whole_batches(len(train), batch_size)
     steps = epochs * steps_per_epoch
     optimisers = make_optimisers(model, lr, muon_lr)
-    now, order, must_match = Progress(), None, what_must_match(run or {}, model, splits) if path else {}
-    if path and resume and path.exists():
+    must_match = what_must_match(run, model, splits)
+    now, order = Progress(examples=num_looked_at(splits, epochs)), None
+    make_folder(path.parent)
+    if resume and path.exists():
         now = load_progress(path, must_match, model, optimisers, steps)
-    elif path:
-        make_folder(path.parent)
-    started, saved = time.monotonic() - now.seconds, time.monotonic()
+    looked_at = {split: x[: now.examples] for split, x in splits.items()}
+    started, saved_at = time.monotonic() - now.seconds, time.monotonic()
     with progress_bar(total=steps, initial=now.step, desc=name or "training") as bar:
         while True:
             now.seconds = round(time.monotonic() - started, 1)
             if now.step in steps_to_look(steps) and now.step not in now.curves["step"]:
                 bar.clear()
-                look(now, model, looked_at(splits, epochs), now.step / steps_per_epoch, name)
-                if path:
-                    write_curves(path, now.curves)
-            if path and (now.step % steps_per_epoch == 0 or time.monotonic() - saved > KEEP_SECONDS):
+                look(now, model, looked_at, now.step / steps_per_epoch, name)
+                write_curves(path, now.curves)
+            if now.step % steps_per_epoch == 0 or time.monotonic() - saved_at > KEEP_SECONDS:
                 weights, states = model.state_dict(), [optimiser.state_dict() for optimiser in optimisers]
-                progress = {**vars(now), "weights": weights, "optimisers": states}
-                best = {"state": now.best_weights, "curves": now.curves, "finished": now.step == steps}
-                save_checkpoint(path, {**(run or {}), **best, "must_match": must_match, "progress": progress})
-                saved = time.monotonic()
+                contents = {
+                    **run, "state": now.best_weights, "curves": now.curves, "finished": now.step == steps,
+                    "must_match": must_match, "progress": {**vars(now), "weights": weights, "optimisers": states},
+                }  # fmt: skip
+                save_checkpoint(path, contents)
+                saved_at = time.monotonic()
             if now.step == steps:
                 break
             epoch, place = divmod(now.step, steps_per_epoch)
@@ -1180,14 +1185,13 @@ def whole_batches(examples: int, batch_size: int) -> int:
     return examples // batch_size
 
 
-def looked_at(splits: dict[str, Tensor], epochs: int) -> dict[str, Tensor]:
-    """The first examples of each split, no more than validation has, so few that looking costs a tenth of training.
+def num_looked_at(splits: dict[str, Tensor], epochs: int) -> int:
+    """How many examples of each split a look evaluates: so few that looking costs about a tenth of training.
 
-    An example's evaluation takes about .6 of its training step; twenty looks at three splits are then a tenth of the
-    training's time if each takes 1/360 of the examples that are trained on. At least 32.
+    An example's evaluation takes about .6 of its training step; 21 looks at three splits are then a tenth of the
+    training's time if each takes 1/360 of the examples that are trained on. At least 32; no more than validation has.
     """
-    few = min(len(splits["valid"]), max(32, epochs * len(splits["train"]) // 360))
-    return {name: x[:few] for name, x in splits.items()}
+    return min(len(splits["valid"]), max(32, epochs * len(splits["train"]) // 360))
 
 
 def steps_to_look(steps: int) -> set[int]:
@@ -1250,7 +1254,7 @@ def write_curves(path: Path, curves: dict[str, Any]) -> None:
     with attempt(f"a new row of {table}", {}):
         if not table.exists() or table.read_text() != "".join(earlier):  # the first look, or the first after --resume
             write_whole(table, lambda file: file.write("".join(earlier).encode()))
-        with open(table, "a") as file:
+        with open(table, "a") as file:  # so that `tail -f` can follow it
             file.write(row)
 
 
@@ -1332,7 +1336,10 @@ def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimisers
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """torch.save, in memory first. On a full disk a line says so, the checkpoint before stays, and the run goes on."""
+    """torch.save, in memory first, as on a full disk it raises errors of its own kinds.
+
+    Then a line says so, the checkpoint before stays, and the run goes on.
+    """
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     with attempt(f"a new {path} (the one before is kept)", {}):
@@ -1347,6 +1354,7 @@ def load_trained(args: argparse.Namespace, script: str) -> dict[str, Any]:
     """The checkpoint that --evaluate names: curves, weights (state), finished. Its arguments are put into args."""
     saved = read_checkpoint(Path(args.evaluate), ("args", "state", "curves", "finished"), script)
     vars(args).update({k: v for k, v in saved["args"].items() if k not in EVALUATION_ARGS})
+    print_settings(script, args)
     return saved
 
 
@@ -1370,7 +1378,8 @@ def read_checkpoint(path: Path, keys: tuple[str, ...], script: str = "") -> dict
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about strange files: the error says enough
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved = {k: saved[k] for k in (*keys, "script") if k in keys or script}
+        wanted = (*keys, "script") if script else keys
+        saved = {key: saved[key] for key in wanted}
     except Exception as error:  # of the file system, zip, pickle or torch, each with its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fail(f"{path}: not a readable checkpoint ({reason})")
@@ -1381,15 +1390,16 @@ def read_checkpoint(path: Path, keys: tuple[str, ...], script: str = "") -> dict
 
 # ---------------------------------------------------------------------------------------------- figures and files
 
-DPI = 130  # of every figure
-
 
 @contextmanager
 def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
-    """A step that a run can do without: if it fails, print a line and note the reason in `failed`, and go on."""
+    """A step that a run can do without: if it fails, print a line and note the reason in `failed`, and go on.
+
+    Also if it ends by `fail`, as a further training may.
+    """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = (str(error).splitlines() or [""])[0]
         failed[what] = f"{type(error).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})"
@@ -1530,6 +1540,9 @@ def cpu_name() -> str:
     return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+DPI = 130  # of every figure
+
+
 def save_figure(fig: Any, path: Path) -> None:
     """Write the figure as a PNG without transparency and close it; in a notebook, show it too."""
     if fig.get_layout_engine():
@@ -1629,7 +1642,7 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
     """Single images, uint8 [N, 3, 32, 32], as PNG files 0000.png, 0001.png, ... from number `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        write_whole(folder / f"{first + k:04d}.png", partial(Image.fromarray(image).save, format="PNG"))
+        Image.fromarray(image).save(folder / f"{first + k:04d}.png")
 
 
 def bounds_text(metrics: dict[str, Any], colours_apart: bool) -> str:
@@ -1653,17 +1666,17 @@ colour apart: what neighbours share has to be in z, or is paid for again at each
         for name, f in final.items()
     )
     verdict = " **CHECK FAILED: trust no KL here.**" if gap > 1e-6 else ""
-    return f"""**A test image costs at most {bound:.3f} bits/dim.** Lossless files of the first test images (1,000 at
-most), headers and all, in bits/dim: {listed or "missing"}.{why}
+    return f"""**A test image costs at most {bound:.3f} bits/dim, on average.** Lossless files of the first test images
+(1,000 at most), headers and all, in bits/dim: {listed or "missing"}.{why}
 
 | split | −ELBO, bits/dim | KL term | decoder term |
 |---|---|---|---|
 {rows}
 
-Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise, ± one standard error over images. The
-noise, drawn once per image, leaves a further error of {metrics.get("test_draw_se_bpd", math.nan):.4f} on test. Train
-stands for its first images, as many as validation has. log p(z) differs by {gap:.1g} nats from what its own sample and
-autograd's Jacobian say.{verdict}
+Upper bounds on the mean code length of the 8-bit images, in fp32 on fixed noise; −ELBO is the sum of the two terms.
+± is one standard error over images; it contains that of the noise, which is drawn once per image and alone would be
+{metrics.get("test_draw_se_bpd", math.nan):.4f} on test. Train stands for its first images, as many as validation has.
+log p(z) differs by {gap:.1g} nats from what its own sample and autograd's Jacobian say.{verdict}
 
 ![curves](curves.png)
 
@@ -1702,11 +1715,16 @@ def training_text(metrics: dict[str, Any]) -> str:
     """A report's lines on the data, the model and its training."""
     args, data, curves = metrics["args"], metrics["data"], metrics["curves"]
     sizes = f"{data['train']:,} training, {data['valid']:,} validation and {data['test']:,} test images"
-    where = f"on {metrics['env']['device']}, {args['precision']} training steps"
+    seconds = f"{curves['seconds']:,.0f} s"
     if args["evaluate"]:
-        where = "by an earlier run" if metrics["finished"] else "by a run that **was not finished**"
-    return f"""Data: {data["name"]}: {sizes}.
-{metrics["params"]:,} parameters, trained to epoch {curves["epoch"][-1]:g} in {curves["seconds"]:,.0f} s {where}."""
+        earlier = "an earlier run" if metrics["finished"] else "a run that **was not finished**"
+        trained = f"by {earlier}, in {seconds}; all else here is measured on the data above"
+    else:
+        trained = f"in {seconds} on {metrics['env']['device']}, {args['precision']} training steps"
+    smoke = "**A --smoke run on tiny sizes: it tests the path, and its numbers tell nothing.**\n\n" * args["smoke"]
+    return f"""{smoke}Data: {data["name"]}: {sizes}.
+{metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8; trained to epoch {curves["epoch"][-1]:g} {trained}.
+Batches of {args["batch_size"]}; peak rates {args["lr"]:g} (Adam) and {args["muon_lr"]:g} (Muon), {args["schedule"]}."""
 
 
 def seeds_table(seeds: dict[int, Any], values: Callable[[dict[str, Any]], dict[str, float]]) -> str:
@@ -1731,8 +1749,6 @@ each other has its own report in a folder beside this one.
 
 
 # --------------------------------------------------------------------------------------------------- command line
-
-THREADS = torch.get_num_threads()  # as many as the machine has cores, or what OMP_NUM_THREADS says
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -1761,7 +1777,7 @@ def launch(main: Callable[[], None]) -> None:
     try:
         main()
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate", str(error)):
             raise
         fail("out of memory: lower --batch-size, --latents or --limit")
     except OSError as error:
@@ -1815,13 +1831,13 @@ class Parser(argparse.ArgumentParser):
 class ImageParser(Parser):
     """The parser of question 2 and the bonus."""
 
-    def __init__(self, script: str, least_latents: int = 1):
+    def __init__(self, script: str):
         super().__init__(script)
         add = self.add_argument
         add("--data", help="svhn, synthetic, FILE.npz or a FOLDER of images; with --smoke, synthetic unless given")
         add("--data-root", default="data", help="where data sets are downloaded or kept")
         add("--limit", type=number(int, 20, 10**9), help="of training images; of validation and test a tenth as many")
-        add("--latents", type=number(int, least_latents, 4096), help="channels of z, 8 x 8 positions")
+        add("--latents", type=number(int, 1, 256), help="channels of z, 8 x 8 positions")
         add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for kernels; 0: Adam alone")
         add("--schedule", choices=tuple(SCHEDULES), help="of both learning rates")
         warm = "the KL's weight in training rises from 0 to 1 over this fraction of it; reported bounds have weight 1"
@@ -1830,6 +1846,10 @@ class ImageParser(Parser):
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: what is fastest")
         add("--evaluate", metavar="CHECKPOINT", help=f"train nothing; all else, into OUT/{script}/evaluate")
         add("--samples", type=number(int, 0, 10**6), default=0, help="so many samples as samples/0000.png, ...")
+
+
+HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")  # what the handout recommends: --handout
+THREADS = torch.get_num_threads()  # as many as the machine has cores, or what OMP_NUM_THREADS says
 
 
 def parse_args(
@@ -1843,7 +1863,10 @@ def parse_args(
         argv = []
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    parser.set_defaults(**{**(HANDOUT if getattr(args, "handout", False) else {}), **(smoke if args.smoke else {})})
+    if getattr(args, "handout", False):
+        parser.set_defaults(**HANDOUT)
+    if args.smoke:
+        parser.set_defaults(**smoke)
     args = parser.parse_args(argv)
     script, images = parser.prog.removesuffix(".py"), isinstance(parser, ImageParser)
     out = Path(args.out) / ("smoke" if args.smoke else "") / script
@@ -1853,8 +1876,15 @@ def parse_args(
     args.precision = choose_precision(args.precision, args.device, resumed) if images else "fp32"
     torch.set_num_threads(THREADS if images else 1)  # question 1's networks are too small to share out
     args.started = time.monotonic()
+    if getattr(args, "evaluate", None):  # most arguments come from the checkpoint
+        return args, out / "evaluate"
+    print_settings(script, args)
+    return args, out
+
+
+def print_settings(script: str, args: argparse.Namespace) -> None:
+    """What runs, as a command line."""
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings(args).items()), flush=True)
-    return args, out / "evaluate" if getattr(args, "evaluate", None) else out
 
 
 def choose_device(name: str) -> str:

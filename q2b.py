@@ -4,13 +4,14 @@
                  with s and t from a shallow PixelCNN
     log p(z) = log N(eps; 0, I) + log |det d eps / d z| = log N(eps; 0, I) - sum_i s_i
 
-    -log P(image) <= E_q[log q(z|x) - log p(z)] + E_q[-log p(x|z)] + 3072 ln 128,   x = (levels + u) / 128 - 1
+    -log P(image) <= E_u E_q[log q(z|x) - log p(z) - log p(x|z)] + 3072 ln 128,   x = (levels + u) / 128 - 1
 
 (arXiv:1611.02731, equations 12 to 14). Same encoder, decoder, loss, seed and batches as 2a; the flow starts as the
-identity, so that training starts from the same bound. Does the prior make a difference, and why? Three experiments.
+identity, so that training starts from the same bound. Does the prior make a difference, and why? --compare answers by
+three experiments: (i) a flow fitted to a frozen 2a; (ii) what is in the KL; (iii) what the flow removes from z.
 
-    python q2b.py --epochs 20                  ->  results/q2b/report.md, on SVHN (downloaded)
-    python q2b.py --epochs 20 --compare        ->  beside 2a, which is trained first if it is not yet
+    python q2b.py --epochs 20 --compare        ->  results/q2b/report.md, on SVHN (downloaded); 2a is trained first
+    python q2b.py --epochs 20                  ->  2b alone, without the comparison
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
     python q2b.py --evaluate results/q2b/checkpoint.pt --data FILE.npz  ->  results/q2b/evaluate/report.md
 """
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
-    CODECS, FlowPrior, ImageParser, ImageVAE, StandardNormal, Terms, attempt, between_ends, bin_centres, bits_per_dim,
-    bounds_text, check_above, check_prior, claim, codec_bits_per_dim, describe_run, differences, error_of_one_draw,
-    evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, gives_folders_back, in_bits, kl_per_position,
-    launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves, plot_images, posteriors, prepare,
-    quantise, read_checkpoint, save_figure, settings, standard_error, straight_lines, synthetic_floor, to_device,
-    training_text, what_must_match, write_images, write_metrics, write_report,
+    CODECS, FlowPrior, ImageParser, ImageVAE, StandardNormal, Terms, attempt, between_ends, bin_centres,
+    bits_per_dim, bounds_text, check_above, check_prior, claim, codec_bits_per_dim, describe_run, differences,
+    error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, gives_folders_back,
+    in_bits, kl_per_position, launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves,
+    plot_images, posteriors, prepare, quantise, read_checkpoint, save_figure, settings, sha256_of, standard_error,
+    straight_lines, synthetic_floor, to_device, training_text, what_must_match, write_images, write_metrics,
+    write_report,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -48,10 +50,7 @@ def make_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> 
     claim(path.parent, resume=True)
     if path.exists():
         saved = read_checkpoint(path, ("args", "must_match"), "q2a")
-        epochs = saved["args"]["epochs"]
-        if args.resume:
-            epochs = max(epochs, args.epochs)  # 2a, too, is trained on to as many
-        theirs = saved["must_match"] | {"--epochs": epochs}
+        theirs = saved["must_match"] | {"--epochs": saved["args"]["epochs"]}
         ours = what_must_match({"args": settings(args, but=("compare",))}, model, splits) | {"--epochs": args.epochs}
         if differing := differences(theirs, ours):
             fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
@@ -59,7 +58,7 @@ def make_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> 
 
 
 def fit_flow_to_frozen_2a(
-    a: ImageVAE, args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, path: Path | None
+    a: ImageVAE, args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, path: Path
 ) -> ImageVAE:
     """2a with encoder and decoder frozen and a flow, fitted to its codes, as the prior."""
     fitted = copy.deepcopy(a)
@@ -67,12 +66,13 @@ def fit_flow_to_frozen_2a(
     fitted.decoder.requires_grad_(False)
     torch.manual_seed(args.seed)
     fitted.prior = FlowPrior(a.prior.latent_shape).to(args.device)
+    run = {"args": settings(args, but=("compare",)) | {"weights_of_2a": sha256_of(a.state_dict())}}
     fit(
         fitted, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
         muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed, precision=args.precision, path=path,
-        resume=args.resume, run={"args": settings(args, but=("compare",))}, name="flow alone",
+        resume=args.resume, run=run, name="flow on frozen 2a",
     )  # fmt: skip
-    return fitted.eval()
+    return fitted
 
 
 def neighbour_correlation(z: Tensor) -> dict[str, float]:
@@ -96,7 +96,11 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
     """
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
     named = {"2a": of_a, "2a_fitted_flow": of_fitted, "2b": of_b}
-    z_of_a, z_of_b = (torch.cat([z for _, z, _, _ in posteriors(model, test[:1000])]) for model in (a, b))
+
+    def codes(model: ImageVAE) -> Tensor:
+        return torch.cat([z for _, z, _, _ in posteriors(model, test[:1000])])
+
+    z_of_a, z_of_b = codes(a), codes(b)
     return {
         "neg_elbo": paired(of_a.neg_elbo, of_b.neg_elbo),
         "kl": paired(of_a.kl, of_b.kl),
@@ -149,18 +153,26 @@ def verdict(found: dict[str, Any]) -> str:
     """Whether the prior made a difference, and what of it, from the measured differences and their errors alone."""
 
     def shows(change: dict[str, float]) -> str:
-        clear = abs(change["bpd"]) > 2 * change["se_bpd"]
-        return ("lowers" if change["bpd"] < 0 else "raises") if clear else "does not measurably change"
+        if abs(change["bpd"]) <= 2 * change["se_bpd"]:
+            return "does not measurably change"
+        return "lowers" if change["bpd"] < 0 else "raises"
 
-    total, alone, rest = found["neg_elbo"], found["prior_alone"], found["rest"]
-    text = f"""**The flow prior {shows(total)} −ELBO**: {total["bpd"]:+.4f} ± {total["se_bpd"]:.4f} bits/dim.
+    def amount(change: dict[str, float]) -> str:
+        return f"{change['bpd']:+.4f} ± {change['se_bpd']:.4f}"
+
+    total, kl, recon, alone = (found[name] for name in ("neg_elbo", "kl", "recon", "prior_alone"))
+    text = f"""**The flow prior {shows(total)} −ELBO**: {amount(total)} bits/dim. It {shows(kl)} the KL term
+({amount(kl)}) and {shows(recon)} the decoder term ({amount(recon)}).
 
 **(i) A better prior, or better codes?** A flow that was fitted afterwards to the codes of 2a's frozen encoder
-{shows(alone)} the KL: {alone["bpd"]:+.4f} ± {alone["se_bpd"]:.4f}. A better prior alone is worth at least that, as the
-flow may not be the best one."""
-    if total["bpd"] < -2 * total["se_bpd"]:
-        text += f""" Training encoder and decoder together with the flow gains at most the rest,
-{rest["bpd"]:+.4f} ± {rest["se_bpd"]:.4f}."""
+{shows(alone)} the KL: {amount(alone)}."""
+    if shows(alone) == "lowers":
+        text += f" So a better prior alone saves at least {-alone['bpd']:.4f}, as the flow may not be the best one."
+    if shows(total) == "lowers":
+        text += f""" The rest, {amount(found["rest"])}, is what training encoder
+and decoder together with the flow brings, at most."""
+    if shows(total) == "lowers" and abs(kl["bpd"]) < abs(total["bpd"]) / 4:
+        text += " Most of the gain is in the decoder term: for about the same KL, 2b's z tells its decoder more."
     return text
 
 
@@ -172,6 +184,7 @@ def comparison_text(found: dict[str, Any]) -> str:
     }  # fmt: skip
     table = "\n".join(f"| {name} | {change['bpd']:+.4f} ± {change['se_bpd']:.4f} |" for name, change in rows.items())
     kl, correlation = found["kl_bits"], found["correlation"]
+    by_position = found["kl_per_position_bits"]["2b"]
     before, after = (np.mean(list(correlation[name].values())) for name in ("2b: z", "2b: ε"))
     removes = "removes part of" if after < 0.9 * before else "does not remove"
     return f"""{verdict(found)}
@@ -180,7 +193,8 @@ def comparison_text(found: dict[str, Any]) -> str:
 |---|---|
 {table}
 
-Same data, arguments, batches and noise. ± one standard error over images; variation between seeds is not included.
+Same data, arguments, batches and noise. ± one standard error over images, which the words above go by; seeds differ by
+more. 2a's own report: `q2a.py` with the same arguments and `--resume`.
 
 ![comparison](experiments.png)
 
@@ -190,9 +204,11 @@ per image for 2a; with r the flow fitted to the same codes, {kl["2a_fitted_flow"
 {kl["2a_fitted_flow"]:,.0f} bits, and at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits of 2a's KL are no information
 but a distance between codes and prior. 2b's z tells at most {kl["2b"]:,.0f} bits.
 
-**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b; of ε, after the flow,
-by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}). The flow {removes} what is predictable from the
-neighbours.
+**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (channel by channel,
+mean of absolute values); of ε, after the flow, by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}).
+The flow {removes} this correlation. The maps show what each position costs: in 2b the first one, which the flow cannot
+predict, {by_position[0][0]:.1f} bits, an average one {np.mean(by_position):.1f}. The samples below are decoded from the
+same noise ε: 2a takes it for z, 2b's flow first gives it the correlations of its codes.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)
 """
@@ -200,11 +216,15 @@ neighbours.
 
 def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    comparison = """Not compared: the same command with `--compare --resume` trains 2a, unless it is there, and
+    if metrics.get("against_2a"):
+        comparison = comparison_text(metrics["against_2a"])
+    elif metrics["args"]["compare"]:
+        comparison = "The comparison failed."
+    elif metrics["args"]["evaluate"]:
+        comparison = "Only a training run compares, with `--compare`."
+    else:
+        comparison = """Not compared: the same command with `--compare --resume` trains 2a, unless it is there, and
 compares. 2b is not trained again."""
-    if metrics["args"]["compare"]:
-        found = metrics.get("against_2a")
-        comparison = comparison_text(found) if found else "The comparison failed."
     return f"""# 2b: the same VAE with an autoregressive flow prior
 
 {training_text(metrics)}
@@ -240,11 +260,11 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
         panels = {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": quantise(x)}
         plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
     shown = evenly_spaced(test, 10)
-    codes = model.encoder(bin_centres(shown))[0]  # the posterior's means
+    codes, _ = model.encoder(bin_centres(shown))  # the posterior's means
     with attempt("interpolations.png", failed):
-        in_z = model.decoder(straight_lines(codes))[0]
-        eps = straight_lines(model.prior.z_to_eps(codes)[0])
-        in_eps = model.decoder(model.prior.eps_to_z(eps))[0]
+        in_z, _ = model.decoder(straight_lines(codes))
+        eps, _ = model.prior.z_to_eps(codes)
+        in_eps, _ = model.decoder(model.prior.eps_to_z(straight_lines(eps)))
         panels = {
             "straight in z": between_ends(shown, quantise(in_z)),
             "straight in ε, the flow's noise": between_ends(shown, quantise(in_eps)),
@@ -277,28 +297,24 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
     path_2a = out.with_name("q2a") / "checkpoint.pt"
-    model_a = make_2a(args, splits, path_2a) if args.compare and not trained else None
+    model_a = make_2a(args, splits, path_2a) if args.compare else None
     prepare(out, args, len(splits["train"]))
 
     # 2. Training, with --compare first of 2a: from the start, or from its checkpoint on, which may be its end already.
     # Checkpoints are on disk before anything else is done; --evaluate takes an earlier one's.
+    recipe = dict(
+        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, muon_lr=args.muon_lr, schedule=args.schedule,
+        kl_warmup=args.kl_warmup, seed=args.seed, precision=args.precision,
+    )  # fmt: skip
+    alike = settings(args, but=("compare",))
     if model_a:
-        fit(
-            model_a, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-            muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
-            precision=args.precision, path=path_2a, resume=True, name="2a",
-            run={"script": "q2a", "args": settings(args, but=("compare",))},
-        )  # fmt: skip
-        model_a.eval()
+        run = {"script": "q2a", "args": alike}
+        fit(model_a, splits, **recipe, path=path_2a, run=run, resume=True, name="2a")
     if trained:
         curves = trained["curves"]
     else:
-        curves = fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-            muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
-            precision=args.precision, path=out / "checkpoint.pt", resume=args.resume,
-            run={"script": "q2b", "args": settings(args, but=("compare",))},
-        )  # fmt: skip
+        run = {"script": "q2b", "args": alike}
+        curves = fit(model, splits, **recipe, path=out / "checkpoint.pt", run=run, resume=args.resume)
 
     # 3. Bounds, written before the figures are drawn.
     metrics = describe_run("q2b", args, data.describe(), model) | {"curves": curves}
@@ -306,19 +322,22 @@ def main(argv: list[str] | None = None) -> None:
     terms = evaluate_splits(model, splits)
     metrics["final"] = {name: in_bits(of_split, 3072) for name, of_split in terms.items()}
     write_metrics(out, args, metrics)
+    print(f"test: -ELBO {metrics['final']['test']['neg_elbo_bpd']:.4f} bits/dim, on all images")
 
     # 4. Figures and checks, each of which may fail without the others.
-    model.eval()
     failed: dict[str, str] = {}
     if args.data == "synthetic":
         with attempt("a bound above its floor", failed):
-            metrics["floor"] = floor = synthetic_floor(splits, terms["test"].neg_elbo)
+            floor = synthetic_floor(splits, terms["test"].neg_elbo)
+            metrics["floor"] = floor
             check_above(floor["excess_bpd"], floor["excess_se_bpd"])
-    test = splits["test"]
-    title, bound = f"2b: flow prior, {data.name}", metrics["final"]["test"]["neg_elbo_bpd"]
+    test, title = splits["test"], f"2b: flow prior, {data.name}"
     with attempt("curves.png", failed):
-        name = "the training of the checkpoint" if trained else f"{title}\ntest −ELBO {bound:.3f} bits/dim"
-        plot_curves(curves, name, out / "curves.png", None if trained else metrics.get("floor"))
+        if trained:
+            plot_curves(curves, "the training of the checkpoint", out / "curves.png")
+        else:
+            name = f"{title}\ntest −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
+            plot_curves(curves, name, out / "curves.png", metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, test, title, out, args.samples, failed)
     with attempt("the error of one draw", failed):
@@ -331,13 +350,16 @@ def main(argv: list[str] | None = None) -> None:
     # 5. The experiments: 2a, 2a with a flow fitted to its codes, and 2b.
     if model_a:
         with attempt("the comparison with 2a", failed):
-            epochs, path = -(-args.epochs // 3), out / "progress" / f"flow_alone_{args.epochs}.pt"
+            epochs = math.ceil(args.epochs / 3)
+            path = out / "progress" / f"flow_alone_{args.epochs}.pt"
             fitted = fit_flow_to_frozen_2a(model_a, args, splits, epochs, path)
             found = compare(model_a, fitted, model, test, terms["test"]) | {"prior_alone_epochs": epochs}
             metrics["against_2a"] = found
-            plot_comparison(found, f"2b against 2a, {data.name}", out / "experiments.png")
+        with attempt("experiments.png", failed):
+            plot_comparison(metrics["against_2a"], f"2b against 2a, {data.name}", out / "experiments.png")
         with attempt("samples_2a_2b.png", failed), torch.no_grad():
-            of_a, of_b = (m.sample(100, fixed_noise("samples"))[0] for m in (model_a, model))
+            of_a, _ = model_a.sample(100, fixed_noise("samples"))
+            of_b, _ = model.sample(100, fixed_noise("samples"))
             panels = {"2a, N(0, I)": quantise(of_a), "2b, flow": quantise(of_b)}
             name = "100 samples x ~ p(x|z), the same ε for both priors"
             plot_images(panels, 10, name, out / "samples_2a_2b.png")

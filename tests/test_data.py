@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import shutil
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +109,7 @@ def test_images_of_another_size_are_resized(tmp_path):
     x = np.random.RandomState(0).randint(0, 256, (20, 3, 40, 48), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", train=x, valid=x[:2], test=x[:3])
     name, splits = load(tmp_path / "x.npz")
-    assert name == "x.npz, channels moved last, resized from 48 x 40"
+    assert name == "x.npz, channels moved last, resized to 32 x 32 from 48 x 40"
     resized = [np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize((32, 32))) for image in x]
     assert np.array_equal(splits["train"], np.stack(resized))
 
@@ -129,11 +128,23 @@ def test_a_folder_of_pictures_is_read_with_all_below_it(tmp_path):
     save_pictures(folder, [np.stack([x] * 3, 2), x[::-1]], ["dogs/a.JPG", "dogs/b.jpeg"])
     (folder / "notes.txt").write_text("no picture")
     (folder / "._0.png").write_bytes(b"what macOS leaves beside a picture")
+    save_pictures(folder, images(1), [".thumbnails/0.png"])
     name, splits = load(folder)
-    assert name == "photos, a folder of 20 images, all made RGB, resized from 64 x 80 and other sizes, split 80/10/10"
+    resized = "resized to 32 x 32 from 64 x 80 and other sizes"
+    assert name == f"photos, a folder of 20 images, all made RGB, {resized}, split 80/10/10"
     assert [len(x) for x in splits.values()] == [16, 2, 2]
     found = {image.tobytes() for image in np.concatenate(list(splits.values()))}
     assert len(found) == 20 and {image.tobytes() for image in images(18)} <= found
+
+
+def test_a_photograph_that_was_taken_upright_is_read_upright(tmp_path):
+    picture, exif = Image.fromarray(images(1)[0]), Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: to be shown, the picture is turned by 90 degrees
+    save_pictures(tmp_path / "x", images(19), [f"{k}.png" for k in range(19)])
+    picture.save(tmp_path / "x" / "turned.png", exif=exif)
+    _, splits = load(tmp_path / "x")
+    turned = images(1)[0].transpose(1, 0, 2)[:, ::-1]
+    assert any(np.array_equal(turned, image) for image in np.concatenate(list(splits.values())))
 
 
 def test_subfolders_named_for_splits_are_the_splits(tmp_path):
@@ -167,7 +178,8 @@ def test_what_was_done_to_the_images_is_printed_and_in_the_reports_first_lines(t
     assert data.name == name
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"reading {tmp_path / 'x.npz'}", f"data: {name}: 30 train, 3 valid, 3 test"]
-    metrics = {"args": {"evaluate": None, "precision": "fp32"}, "data": data.describe(), "params": 1}
+    args = core.ImageParser("q2a").parse_args(["--precision", "fp32", "--latents", "1", "--lr", "1", "--muon-lr", "0"])
+    metrics = {"args": vars(args), "data": data.describe(), "params": 1}
     metrics |= {"curves": {"epoch": [1], "seconds": 1}, "env": {"device": "cpu"}}
     assert core.training_text(metrics).startswith(f"Data: {name}: 30 training, 3 validation and 3 test images.")
 
@@ -243,8 +255,8 @@ def test_a_broken_svhn_file_is_fetched_again_and_without_network_is_an_error(tmp
 # --------------------------------------------------------------------------------------------------------- synthetic
 
 
-def synthetic(n, root="none"):
-    return core.load_synthetic(Path(root), (n - 2, 1, 1))
+def synthetic(n):
+    return core.make_synthetic((n - 2, 1, 1))
 
 
 def test_synthetic_images_are_reproducible_and_as_compressible_as_svhn():
@@ -272,14 +284,10 @@ def test_codecs_cost_of_noise_is_8_bits_or_more_and_a_lossy_one_is_refused():
         core.codec_bits_per_dim(noise, "JPEG")
 
 
-def test_the_whole_synthetic_set_is_kept_and_read_back(tmp_path, monkeypatch, capsys):
+def test_the_synthetic_set_has_svhns_sizes_unless_it_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "SVHN_SIZES", (30, 5, 5))
-    made = core.load_synthetic(tmp_path, core.SVHN_SIZES)
-    assert [len(x) for x in made] == [30, 5, 5] and (tmp_path / "synthetic_v1.npz").exists()
-    assert "kept in" in capsys.readouterr().out
-    again = core.load_synthetic(tmp_path, core.SVHN_SIZES)
-    assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
-    assert capsys.readouterr().out == f"reading {tmp_path / 'synthetic_v1.npz'}\n"
+    whole = core.load_images(options("synthetic", tmp_path / "none")).splits
+    assert [len(x) for x in whole.values()] == [30, 5, 5]
     data = core.load_images(options("synthetic", tmp_path / "none", limit=20))
     assert [len(x) for x in data.splits.values()] == [20, 2, 2] and "synthetic" in data.name and "20" in data.name
-    assert not (tmp_path / "none").exists()  # a part of it is made anew
+    assert torch.equal(data.splits["train"], whole["train"][:20]) and not (tmp_path / "none").exists()

@@ -344,7 +344,7 @@ def test_a_folder_of_photographs_is_trained_on_and_the_report_says_what_was_done
         Image.fromarray(x).save(tmp_path / "Größe" / f"{k}.png")
     flags = ["--data", str(tmp_path / "Größe"), "--epochs", "1", "--batch-size", "8", "--latents", "2"]
     q2a.main([*flags, "--kl-warmup", "0.5", "--device", "cpu", "--out", str(tmp_path)])
-    name = "Größe, a folder of 30 images, resized from 48 x 40, split 80/10/10"
+    name = "Größe, a folder of 30 images, resized to 32 x 32 from 48 x 40, split 80/10/10"
     metrics, report = results(tmp_path, "q2a"), (tmp_path / "q2a" / "report.md").read_text("utf-8")
     assert metrics["data"]["name"] == name and metrics["args"]["kl_warmup"] == 0.5
     assert f"Data: {name}: 24 training, 3 validation and 3 test images." in report

@@ -450,7 +450,7 @@ def reading_of_a_large_file(folder):
 
 
 def drawing_of_synthetic_images(folder):
-    core.load_synthetic(folder, core.SVHN_SIZES)
+    core.make_synthetic(core.SVHN_SIZES)
 
 
 def assert_obeyed(work, number, within=2.0):

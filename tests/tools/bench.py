@@ -116,7 +116,7 @@ def looks_of_training_time(evaluated_per_s, trained_per_s, epochs=20):
     """The fraction of a training's time, SVHN's sizes, that the looks at the three splits take."""
     train, valid, _ = core.SVHN_SIZES
     splits = {"train": torch.empty(train, 0), "valid": torch.empty(valid, 0)}
-    looked_at = 3 * len(core.steps_to_look(epochs * train)) * len(core.looked_at(splits, epochs)["valid"])
+    looked_at = 3 * len(core.steps_to_look(epochs * train)) * core.num_looked_at(splits, epochs)
     return (looked_at / evaluated_per_s) / (epochs * train / trained_per_s)
 
 
@@ -192,7 +192,10 @@ def seconds_to_bound(recipe, splits, seed, args, until=-float("inf")):
     """
     recipe = {k: q2b.DEFAULTS[k] for k in ("batch_size", "lr", "muon_lr", "schedule")} | recipe
     torch.manual_seed(seed)
-    model, look, steps_to_look = core.to_device(MODELS["q2b"](), args), core.look, core.steps_to_look
+    model = core.to_device(MODELS["q2b"](), args)
+    look, steps_to_look, save_checkpoint, write_curves = (
+        core.look, core.steps_to_look, core.save_checkpoint, core.write_curves
+    )  # fmt: skip
     looking, training, last = 0.0, 0.0, float("inf")
 
     def noting(now, *rest):
@@ -206,13 +209,16 @@ def seconds_to_bound(recipe, splits, seed, args, until=-float("inf")):
             raise Reached
 
     core.look, core.steps_to_look = noting, lambda steps: {*range(0, steps, 10), steps}
+    core.save_checkpoint, core.write_curves = (lambda *_: None), (lambda *_: None)
     start = time.perf_counter()
     try:
-        core.fit(model, splits, epochs=args.epochs, seed=seed, precision=args.precision, name="bench", **recipe)
+        run = {"path": Path(tempfile.gettempdir()) / "checkpoint.pt", "run": {}, "name": "bench"}
+        core.fit(model, splits, epochs=args.epochs, seed=seed, precision=args.precision, **run, **recipe)
     except Reached:
         pass
     finally:
         core.look, core.steps_to_look = look, steps_to_look
+        core.save_checkpoint, core.write_curves = save_checkpoint, write_curves
     return training, last
 
 
