@@ -37,7 +37,7 @@ def test_1a_floor_is_the_gaussians_cross_entropy(data):
 @pytest.mark.parametrize("decoder", q1a.DECODERS)
 def test_1a_least_kl(data, decoder):
     expected = 0 if (data, decoder) == ("data1", "diagonal") else 0.5 * math.log(25)
-    assert q1a.closed_form(q1a.true_covariance(data), decoder)[1] == pytest.approx(expected, abs=1e-6)
+    assert q1a.least_code(q1a.true_covariance(data), decoder)[1] == pytest.approx(expected, abs=1e-6)
 
 
 def test_1a_least_kl_of_unequal_variances():
@@ -46,7 +46,7 @@ def test_1a_least_kl_of_unequal_variances():
     d1 = np.linspace(0, a - b**2 / c, 200_001)[:-1]
     d2 = c - b**2 / (a - d1)
     best = (d1 * d2).argmax()
-    stds, kl = q1a.closed_form(covariance, "diagonal")
+    stds, kl = q1a.least_code(covariance, "diagonal")
     assert np.square(stds) == pytest.approx([d1[best], d2[best]], abs=1e-4)
     assert kl == pytest.approx(0.5 * math.log((a * c - b**2) / (d1 * d2)[best]), abs=1e-8)
 
