@@ -253,12 +253,9 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], tests: dict[str, Ten
     """For each model: the data, x ~ p(x|z) and mu(z) for the same z ~ p(z), with equal axes."""
     fig, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharex=True, sharey=True, layout="constrained")
     for ax, (name, (x, mean)) in zip(axes, samples.items(), strict=True):
-        for xy, label, style in (
-            (tests[name][: len(x)], "test data", dict(color="0.75", s=5)),
-            (x, "x ~ p(x|z)", dict(color="C0", s=2)),
-            (mean, "µ(z), no decoder noise", dict(color="C1", s=2)),
-        ):
-            ax.scatter(*xy.cpu().numpy().T, label=label, linewidths=0, **style)
+        ax.scatter(*tests[name][: len(x)].numpy().T, s=5, linewidths=0, color="0.75", label="test data")
+        ax.scatter(*x.numpy().T, s=2, linewidths=0, color="C0", label="x ~ p(x|z)")
+        ax.scatter(*mean.numpy().T, s=2, linewidths=0, color="C1", label="µ(z), no decoder noise")
         ax.set(xlabel="x₁", ylabel="x₂", aspect="equal")
         ax.set_title(f"{name}\n−ELBO {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     axes[0].legend(fontsize=8, markerscale=3)
