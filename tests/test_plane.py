@@ -191,7 +191,10 @@ def test_1b_the_short_run_lays_the_clusters_side_by_side_along_z1(tmp_path):
     assert separated(run) > 0.98
     torch.manual_seed(1)  # control: the same, but z2 has a weight from the start
     mlp = [core.GaussianMLP(q1b.HIDDEN, torch.nn.ReLU, n) for n in (2, 1)]
-    control, rates = core.VAE(*mlp, core.StandardNormal((2,))), dict(muon_lr=q1b.SHORT_MUON_LR, kl_warmup=q1b.WARMUP)
+    control, rates = (
+        core.VAE(*mlp, core.StandardNormal((2,))),
+        dict(muon_lr=q1b.SHORT_MUON_LR, kl_warmup=q1b.SHORT_KL_WARMUP),
+    )
     core.fit(control, splits, **settings | {"epochs": 10}, **rates)
     assert separated(control) < 0.9
 
