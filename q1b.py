@@ -115,11 +115,8 @@ def bounds_of_points(model: VAE, x: Tensor, floor: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def log_weights(model: VAE, x: Tensor, draws: int) -> Tensor:
-    """log w = log p(x|z) + log p(z) - log q(z|x) for draws z ~ q(z|x) of each point. [N, 2] -> [draws, N], nats.
-
-    draws: a multiple of 1,000, as they are made a thousand at a time.
-    """
-    assert draws % 1000 == 0, draws
+    """log w = log p(x, z) - log q(z|x), for draws z ~ q(z|x) of each point x. [N, 2] -> [draws, N], nats."""
+    assert draws % 1000 == 0, "draws are made a thousand at a time"
     mu, log_std = model.encoder(x)
     rows = []
     for k in range(draws // 1000):
@@ -179,8 +176,7 @@ def codes_against_prior(z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
     log_q = [
         torch.logsumexp(some @ (mu * precision).T - 0.5 * some**2 @ precision.T + constant, 1) for some in z.split(200)
     ]
-    prior = StandardNormal((2,)).double()
-    return torch.cat(log_q) - math.log(len(mu)) - prior.log_prob(z)
+    return torch.cat(log_q) - math.log(len(mu)) - StandardNormal((2,)).double().log_prob(z)
 
 
 @torch.no_grad()
@@ -300,8 +296,7 @@ def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
     test, first = f["test"], f["first100"]
     return {
         "−ELBO": test["neg_elbo_bpd"], "KL term": test["kl_bpd"], "decoder term": test["recon_bpd"],
-        "−ELBO − floor": test["excess_bpd"],
-        "IWAE-100 above ELBO, first 100": first["elbo_gap_bpd"],
+        "−ELBO − floor": test["excess_bpd"], "IWAE-100 above ELBO, first 100": first["elbo_gap_bpd"],
         "−IWAE-100 − floor, first 100": first["neg_iwae100_minus_floor_bpd"],
         "most pieces of a cluster (a count)": max(f["pieces_of_clusters"]),
     }  # fmt: skip
@@ -373,7 +368,7 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
     curves, latents, models, final = {}, {}, {}, {}
     start = short_run(splits, args, out / "progress" / "short_run.pt")
     for name, num_log_stds in DECODERS.items():
-        model = with_decoder(start, num_log_stds)
+        model = models[name] = with_decoder(start, num_log_stds)
         curves[name] = fit(
             model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, muon_lr=MUON_LR,
             seed=args.seed, path=out / "progress" / f"{name}.pt", resume=args.resume,
@@ -382,7 +377,6 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
         bounds = {k: bounds_of_points(model, x, floors[k]) for k, x in measured.items()}
         latents[name], codes = look_at_codes(model, splits["train"], labels)
         final[name] = {**bounds, "first100": compare_bounds(model, splits["test"][:100]), **codes}
-        models[name] = model
     state = {name: {k: v.cpu() for k, v in model.state_dict().items()} for name, model in models.items()}
     save_checkpoint(out / "checkpoint.pt", {"script": "q1b", "args": settings(args), "state": state})
     metrics = describe_run("q1b", args, data.describe(), *models.values()) | {"curves": curves, "final": final}
