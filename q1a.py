@@ -73,7 +73,7 @@ def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, 
 
     log q(z_m|x_m) - log q(z_m), with q(z_m) estimated by the mean of q(z_m|x_j) over all j (in expectation a lower
     bound, never above log M) or over all j but m (an upper bound): Poole et al. 2019, arXiv:1905.06922, section 2.
-    z, mu, log_std: [M, ...].
+    z, mu, log_std: [M, ...]. With q(z) the aggregated posterior, KL = I + KL(q(z) || p(z)) (Hoffman & Johnson 2016).
     """
     z, mu, log_std = (t.flatten(1).cpu().double() for t in (z, mu, log_std))  # mps has no float64
     own, precision, rows = normal_log_prob(z, mu, log_std), torch.exp(-2 * log_std), []
@@ -233,7 +233,7 @@ no larger than the KL (its estimate may be, within its error), and the closer th
 {estimates}
 
 "At the floor" is computed from the data's covariance, for the *least* code. A decoder with less noise, and a code that
-carries more, can touch the same floor. Which latent carries it, and its sign, are arbitrary.
+carries more, can touch the same floor. Which latent carries the code, and its sign, are arbitrary.
 {seeds_table(metrics.get("seeds", {}), of_one_seed)}"""
 
 
