@@ -1,14 +1,17 @@
-"""Bonus: a variational lossy autoencoder. 2b's encoder and prior; a PixelCNN that sees only its neighbours as decoder.
+"""Bonus: a variational lossy autoencoder. 2b's encoder and prior; as decoder, a PixelCNN that sees near pixels only.
 
     log p(x|z) = sum_i log p(x_i | z, those of x_<i within the receptive field),   i over the 32 x 32 pixels
 
 Each factor is a mixture of 10 logistics, discretised to the 256 levels (arXiv:1701.05517), so that KL + decoder term
 bounds the code length of the image as it is, without dequantisation. What a pixel can learn from its neighbours need
-not go through z: the smaller the receptive field, the more does (arXiv:1611.02731).
+not go through z: the smaller the receptive field, the more should (arXiv:1611.02731).
 
     python bonus.py --epochs 20                  ->  results/bonus/report.md, on SVHN (downloaded)
     python bonus.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
     python bonus.py --evaluate results/bonus/checkpoint.pt --data FILE.npz  ->  results/bonus/evaluate/report.md
+
+After the model, the first two train the same PixelCNN without a code, for as many epochs, and a model for each of three
+receptive fields, for a fifth of the epochs each (`--table-epochs`). These take nearly half of the training time.
 """
 
 import argparse
@@ -31,7 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-COMPONENTS = 10  # logistics in a pixel's mixture
+COMPONENTS = 10  # K, the logistics in a pixel's mixture
+PER_COMPONENT = 1 + 3 + 3 + 3  # parameters: its logit; and for each colour a mean, a log scale and a coefficient
+WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
+GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
+RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
 DEFAULTS = dict(
     epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, schedule="trapezoid", latents=16, data="svhn", receptive_field=3,
@@ -51,7 +58,8 @@ def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels:
         log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b))
     """
     step, sharpness = 2 / num_levels, torch.exp(-log_scale)
-    a, b = ((levels * step - 1 - mu) * sharpness, ((levels + 1) * step - 1 - mu) * sharpness)
+    a = (levels * step - 1 - mu) * sharpness
+    b = ((levels + 1.0) * step - 1 - mu) * sharpness  # in floats, as in uint8 255 + 1 is 0
     up_to_b, from_a = F.logsigmoid(b), F.logsigmoid(-a)  # log P of this level and all below; and all above
     inside = up_to_b + from_a + torch.log(-torch.expm1(-step * sharpness))
     return torch.where(levels == 0, up_to_b, torch.where(levels == num_levels - 1, from_a, inside))
@@ -59,15 +67,15 @@ def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels:
 
 def split_params(params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[B, 10 K, ...] -> logits [B, K, ...]; mu, log scale and colour coefficients, each [B, K, 3, ...]."""
-    logits, *rest = at_least_fp32(params).unflatten(1, (10, -1)).split((1, 3, 3, 3), 1)
-    mu, raw, coefficients = (t.transpose(1, 2) for t in rest)
-    return logits[:, 0], mu, bounded_log_std(raw - 3), torch.tanh(coefficients)  # scales start near 6 levels
+    logits, *of_colours = at_least_fp32(params).unflatten(1, (PER_COMPONENT, -1)).split((1, 3, 3, 3), 1)
+    mu, raw, coefficients = (t.transpose(1, 2) for t in of_colours)
+    return logits[:, 0], mu, bounded_log_std(raw - 3), torch.tanh(coefficients)  # raw = 0: a scale of 7.6 levels
 
 
 def add_to_means(params: Tensor, x: Tensor) -> Tensor:
     """Add x [B, 3, ...] to the means of all K components in params [B, 10 K, ...]; in float32 or wider."""
     shift = torch.cat([torch.zeros_like(x[:, :1]), x, torch.zeros_like(x), torch.zeros_like(x)], 1)  # (B, 10, ...)
-    return (at_least_fp32(params).unflatten(1, (10, -1)) + shift[:, :, None]).flatten(1, 2)
+    return (at_least_fp32(params).unflatten(1, (PER_COMPONENT, -1)) + shift[:, :, None]).flatten(1, 2)
 
 
 def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> Tensor:
@@ -93,9 +101,9 @@ def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
     params [B, 10 K, P, 1], u in (0, 1) [B, K + 3, P, 1]: K to choose the component (Gumbel-max), 3 for the colours.
     -> [B, 3, P, 1]. Rounding a logistic sample down to its bin is exactly the distribution of `logistic_log_prob`.
     """
-    logits, *rest = split_params(params)
+    logits, *of_colours = split_params(params)
     chosen = (logits - torch.log(-torch.log(u[:, :-3]))).argmax(1)[:, None, None].expand(-1, -1, 3, -1, -1)
-    mu, log_scale, c = (t.gather(1, chosen)[:, 0].unbind(1) for t in rest)  # three of (B, P, 1) each
+    mu, log_scale, c = (t.gather(1, chosen)[:, 0].unbind(1) for t in of_colours)  # three of (B, P, 1) each
 
     def colour(k: int, shift: Tensor) -> Tensor:
         x = mu[k] + shift + torch.exp(log_scale[k]) * torch.logit(u[:, k - 3])
@@ -109,12 +117,8 @@ def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- the model
 
 
-WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
-GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
-
-
 class DifferenceConv2d(MaskedConv2d):
-    """A masked convolution whose taps sum to 0 for each channel: it sees differences between positions only."""
+    """A masked convolution whose weights sum to 0 for each channel: it sees differences between positions only."""
 
     def kernel(self) -> Tensor:
         kernel = super().kernel()
@@ -130,12 +134,13 @@ class LocalPixelCNN(nn.Module):
     """Mixture parameters of every pixel, from z and from its neighbours before it in raster order.
 
     One masked convolution sees `receptive_field` rows above and as many columns to each side (in the paper's notation
-    3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen. Neighbouring
-    pixels are nearly equal, and what is new is in their small differences. So the convolution sees differences only
-    (the level itself enters through the average below), and the means are corrections to the average of the pixels
-    to the left and above, added in fp32: bf16's 8 bits would blur the levels. At the image's border, the average is of
-    the neighbours that exist; a missing one counts as equal to it, not as the mid-grey of a zero; and `border`, a
-    masked convolution of ones, tells the network where it is.
+    3 is 7 x 4); z's features of that pixel are added; the rest is 1 x 1, so that nothing else is seen.
+
+    Neighbouring pixels are nearly equal, and what is new is in their small differences. So the convolution sees
+    differences only. The level itself enters through the average of the pixels to the left and above: the mixture's
+    means are corrections to it, added in fp32, as bf16's 8 bits would blur the levels. At the image's border the
+    average is of those that exist, and what lies outside counts as equal to it, not as the mid-grey of a zero.
+    `border`, a masked convolution of ones, tells the network where it is.
     """
 
     def __init__(self, latent_channels: int, receptive_field: int):
@@ -144,32 +149,34 @@ class LocalPixelCNN(nn.Module):
         self.first = DifferenceConv2d("A", 3, WIDTH, 2 * receptive_field + 1)
         self.border = MaskedConv2d("A", 1, WIDTH, 2 * receptive_field + 1)
         self.level = nn.Conv2d(3, WIDTH, 1)
-        blocks, last = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)], nn.Conv2d(WIDTH, 10 * COMPONENTS, 1)
+        blocks = [GatedResidualBlock(WIDTH, WIDTH, 1) for _ in range(DEPTH)]
+        last = nn.Conv2d(WIDTH, PER_COMPONENT * COMPONENTS, 1)
         self.rest = nn.Sequential(*blocks, nn.ReLU(), last)
-        with torch.no_grad():
-            for parameter in last.parameters():
-                parameter.zero_()
-            last.get_parameter("bias")[4 * COMPONENTS : 7 * COMPONENTS] = torch.linspace(-3, 1, COMPONENTS).repeat(3)
+        nn.init.zeros_(last.weight)
+        bias = torch.zeros(PER_COMPONENT, COMPONENTS)
+        bias[4:7] = torch.linspace(-3, 1, COMPONENTS)  # scales of 1 to 18 levels; from equal ones all learn the same
+        last.bias = nn.Parameter(bias.flatten())
 
     def features(self, z: Tensor) -> Tensor:
         """[B, C, 8, 8] -> [B, WIDTH, 32, 32]; zeros if there is no code."""
         return self.trunk(z) if self.trunk else z.new_zeros(len(z), WIDTH, 32, 32)
 
     def at_the_border(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What depends on the place alone, in x's type: number of neighbours [1, 1, 32, 32], 1 in the corner too; the
+        """Three things that depend on the place alone, in x's type.
 
-        sum of `first`'s taps within the image, for each colour, [3, WIDTH, 32, 32]; and `border` [1, WIDTH, 32, 32].
+        How many pixels the average is of, [1, 1, 32, 32] (in the corner 1, not 0); the sum of those weights of `first`
+        that lie within the image, for each colour, [3, WIDTH, 32, 32]; and `border`, [1, WIDTH, 32, 32].
         """
         ones = x.new_ones(1, 1, 32, 32)
         colours = torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None] * ones  # (3, 3, 32, 32)
-        taps = F.conv2d(colours, self.first.kernel(), padding=self.first.padding)
-        return sum_of_neighbours(ones).clamp(min=1), taps, self.border(ones)
+        inside = F.conv2d(colours, self.first.kernel(), padding=self.first.padding)
+        return sum_of_neighbours(ones).clamp(min=1), inside, self.border(ones)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """x [B, 3, 32, 32] in [-1, 1], `features` of z [B, WIDTH, 32, 32] -> [B, 10 K, 32, 32]."""
-        count, taps, border = self.at_the_border(x)
-        average = sum_of_neighbours(x) / count
-        seen = self.first(GAIN * x) - torch.einsum("cohw,bchw->bohw", taps, GAIN * average)
+        neighbours, inside, border = self.at_the_border(x)
+        average = sum_of_neighbours(x) / neighbours
+        seen = self.first(GAIN * x) - torch.einsum("cohw,bchw->bohw", inside, GAIN * average)
         return add_to_means(self.rest(seen + border + self.level(average) + features), average)
 
     @torch.no_grad()
@@ -180,13 +187,13 @@ class LocalPixelCNN(nn.Module):
         large enough draws the same levels.
         """
         net = float64_copy(self)
-        features, u64 = (t.to(net.level.weight.device).double() for t in (self.features(z), u))
-        u64 = u64 + 2.0**-25  # to the middle of its 24-bit bin
+        features = self.features(z).to(net.level.weight.device).double()
+        u64 = u.to(features.device).double() + 2.0**-25  # to the middle of its 24-bit bin
         x = features.new_zeros(len(z), 3, 32, 32)
-        count, taps, border = net.at_the_border(x)
+        neighbours, inside, border = net.at_the_border(x)
         for i, j in wavefronts(32, 32, slope or wavefront_slope(self), x.device):
-            average = (sum_of_neighbours(x) / count)[:, :, i, j, None]  # (B, 3, P, 1)
-            seen = net.first.at(GAIN * x, i, j) - torch.einsum("cop,bcpq->bopq", taps[:, :, i, j], GAIN * average)
+            average = (sum_of_neighbours(x) / neighbours)[:, :, i, j, None]  # (B, 3, P, 1)
+            seen = net.first.at(GAIN * x, i, j) - torch.einsum("cop,bcpq->bopq", inside[:, :, i, j], GAIN * average)
             h = seen + border[:, :, i, j, None] + net.level(average) + features[:, :, i, j, None]  # (B, WIDTH, P, 1)
             x[:, :, i, j] = mixture_sample(add_to_means(net.rest(h), average), u64[:, :, i, j, None])[..., 0]
         return quantise(x).to(z.device)
@@ -208,9 +215,7 @@ class LossyVAE(VAE):
 
     decoder: LocalPixelCNN
 
-    def __init__(
-        self, latent_channels: int, receptive_field: int, prior: str, blind: float = 0.0, free_bits: float = 0.0
-    ):
+    def __init__(self, latent_channels: int, receptive_field: int, prior: str, blind: float = 0, free_bits: float = 0):
         encoder = ConvEncoder(latent_channels) if latent_channels else NoCode()
         decoder = LocalPixelCNN(latent_channels, receptive_field)
         make_prior = PRIORS[prior] if latent_channels else StandardNormal
@@ -228,10 +233,9 @@ class LossyVAE(VAE):
     def loss(self, levels: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
         """The negative ELBO with two changes, in bits/dim, [].
 
-        blind (1 - done) times a second decoder term whose pixels see no neighbours: neighbours teach the decoder faster
-        than z does, and a decoder that has learned to do without z never uses it again. The term fades, as it asks for
-        more in z than pays. free_bits: the bits/dim of a batch's KL that are not charged for (Kingma et al. 2016,
-        arXiv:1606.04934).
+        Added: blind * (1 - done) times a second decoder term, in which pixels see z but no neighbours. A decoder learns
+        faster from neighbours, and once it does without z it never uses z again. The term fades, as it asks for more in
+        z than pays. Left out: a batch's KL if it is below free_bits, bits/dim (Kingma et al. 2016, arXiv:1606.04934).
         """
         x = self.to_x(levels)
         z, mu, log_std = self.posterior(x)
@@ -239,7 +243,8 @@ class LossyVAE(VAE):
         recon = -mixture_log_prob(levels, self.decoder(x, features))
         if self.blind:
             recon = recon - self.blind * (1 - done) * mixture_log_prob(levels, self.decoder.rest(features))
-        recon, kl = (bits_per_dim(term.mean(), levels[0].numel()) for term in (recon, self.kl(z, mu, log_std)))
+        recon = bits_per_dim(recon.mean(), levels[0].numel())
+        kl = bits_per_dim(self.kl(z, mu, log_std).mean(), levels[0].numel())
         if self.free_bits:
             kl = kl * (sum_over_processes(kl) / rank_and_world()[1] > self.free_bits)
         return recon + kl_weight * kl
@@ -261,40 +266,36 @@ def make_model(args: argparse.Namespace, **changes: int) -> LossyVAE:
 # ------------------------------------------------------------------------------------------------------ the answers
 
 
-RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
-
-
 def fit_variant(
     args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, progress: Path, name: str, **changes: int
 ) -> Terms:
     """A model with changes to the flags that make it, trained as the main one: its terms on test, [N], nats."""
     model = to_device(make_model(args, **changes), args)
     fit(
-        model, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
-        muon_lr=args.muon_lr, schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed,
-        precision=args.precision, path=progress / f"{name.replace(' ', '_')}.pt", resume=args.resume,
-        run={"args": settings(args, but=("table_epochs",)) | changes}, name=name,
+        model, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr, muon_lr=args.muon_lr, name=name,
+        schedule=args.schedule, kl_warmup=args.kl_warmup, seed=args.seed, precision=args.precision, resume=args.resume,
+        path=progress / f"{name.replace(' ', '_')}.pt", run={"args": settings(args, but=("table_epochs",)) | changes},
     )  # fmt: skip
     return evaluate(model, splits["test"])
 
 
-def compare_receptive_fields(
-    args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, progress: Path
-) -> list[dict[str, Any]]:
-    """Test bounds of models that differ in their receptive field alone, all on the same small budget."""
+def compare_receptive_fields(args: argparse.Namespace, splits: dict[str, Tensor], progress: Path) -> list[dict]:
+    """Test bounds of models that differ in their receptive field alone, after --table-epochs each."""
     rows = []
     for size in RECEPTIVE_FIELDS:
-        terms = fit_variant(args, splits, epochs, progress, f"receptive field {size}", receptive_field=size)
-        rows.append({"receptive_field": size, "epochs": epochs, **in_bits(terms, 3072)})
+        terms = fit_variant(args, splits, args.table_epochs, progress, f"receptive field {size}", receptive_field=size)
+        rows.append({"receptive_field": size, "epochs": args.table_epochs, **in_bits(terms, 3072)})
     return rows
 
 
 @torch.no_grad()
 def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
-    """By how much the decoder term rises where each image is decoded from its neighbour's z; its mean, bits/dim."""
-    costs = []
+    """By how much the decoder term rises where each image is decoded from the z of another; its mean, bits/dim."""
+    costs, before = [], torch.empty(0)
     for x, z, _, _ in posteriors(model, levels):
-        costs.append(bits_per_dim(model.log_p_x(x, z) - model.log_p_x(x, z.roll(1, 0)), levels[0].numel()))
+        another = z.roll(1, 0) if len(z) > 1 else before  # the last batch may hold a single image
+        costs.append(bits_per_dim(model.log_p_x(x, z) - model.log_p_x(x, another), levels[0].numel()))
+        before = z[-1:]
     cost = torch.cat(costs)
     return {"another_code_costs_bpd": cost.mean().item(), "another_code_costs_se_bpd": standard_error(cost)}
 
@@ -306,7 +307,8 @@ def table_text(rows: list[dict[str, Any]]) -> str:
         f"| {r['kl_bpd']:.4f} ± {r['kl_se_bpd']:.4f} | {r['recon_bpd']:.4f} |"
         for r in rows
     )
-    kl, error = [r["kl_bpd"] for r in rows], math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
+    kl = [r["kl_bpd"] for r in rows]
+    error = math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
     verdict = "The KL does not clearly fall as the receptive field grows: this budget does not show the trade."
     if kl == sorted(kl, reverse=True) and kl[0] - kl[-1] > 2 * error:
         verdict = "The more of its neighbours a pixel sees, the less goes into z: the KL falls in every row."
@@ -335,13 +337,12 @@ def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
 def nearest(samples: Tensor, train: Tensor) -> Tensor:
     """For each sample the training image at the least squared distance. uint8 [S, ...], [N, ...] -> [S, ...]."""
     x = samples.flatten(1).float()
-    blocks = train.split(4096)  # one after the other, as floats take four times the memory
-    distances = torch.cat([torch.cdist(x, block.flatten(1).float()) for block in blocks], 1)  # (S, N)
-    return train[distances.argmin(1)]
+    distances = [torch.cdist(x, some.flatten(1).float()) for some in train.split(4096)]  # less memory than all at once
+    return train[torch.cat(distances, 1).argmin(1)]
 
 
 def code_text(metrics: dict[str, Any]) -> str:
-    """Whether the code is used, from what another image's code costs; whether it pays; and what it holds."""
+    """Whether the code is used, whether it pays, and what it holds."""
     args, cost, error = metrics["args"], metrics["another_code_costs_bpd"], metrics["another_code_costs_se_bpd"]
     used = "is used" if cost > 0.001 + 4 * error else "is not measurably used"
     bound = metrics["final"]["test"]["neg_elbo_bpd"]
@@ -372,8 +373,7 @@ def report(metrics: dict[str, Any]) -> str:
     table = table_text(rows) if rows else "No receptive-field table was made (`--table-epochs`)."
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
 
-Receptive field {args["receptive_field"]}, {args["prior"]} prior.
-{training_text(metrics)}
+Receptive field {args["receptive_field"]}, {args["prior"]} prior. {training_text(metrics)}
 
 ## 1. The bound on train, validation and test
 
@@ -446,10 +446,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--prior", choices=tuple(PRIORS), help="of z")
     blind = "weight, fading to 0 over training, of a decoder term without neighbours, so that z is used"
     add("--blind", type=number(float, 0, 100), help=blind)
-    add("--free-bits", type=number(float, 0, 8), help="bits/dim of KL that training does not charge for")
-    table = "epochs of each row of the receptive-field table (default: a fifth of --epochs); 0: no table"
-    add("--table-epochs", type=number(int, 0, 10**9), help=table)
+    add("--free-bits", type=number(float, 0, 8), help="in training, a batch's KL below so many bits/dim costs nothing")
+    table = "epochs of each row of the receptive-field table; 0: no table (default: a fifth of --epochs)"
+    add("--table-epochs", type=number(int, 0, 10**9), default=argparse.SUPPRESS, help=table)
     args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
+    vars(args).setdefault("table_epochs", math.ceil(args.epochs / 5))
     trained = load_trained(args, "bonus") if args.evaluate else None
 
     # 1. Data and model.
@@ -498,21 +499,19 @@ def main(argv: list[str] | None = None) -> None:
         metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
 
     # 5. Experiments: does the code pay, is it used, and what does the receptive field leave to it?
-    if args.latents and not trained:
+    if not trained:
         with attempt("the model without a code", failed):
             without = fit_variant(args, splits, args.epochs, out / "progress", "no code", latents=0)
             above = bits_per_dim(without.neg_elbo - terms["test"].neg_elbo, 3072)  # paired by image
-            paired = {"above_bpd": above.mean().item(), "above_se_bpd": standard_error(above)}
-            metrics["no_code"] = in_bits(without, 3072) | paired
+            metrics["no_code"] = in_bits(without, 3072)
+            metrics["no_code"] |= {"above_bpd": above.mean().item(), "above_se_bpd": standard_error(above)}
     with attempt("the use of the code", failed):
         metrics["test_kl_per_position_bits"] = kl_per_position(model, test).tolist()
         metrics |= cost_of_another_code(model, test[:4000])
-    table_epochs = -(-args.epochs // 5) if args.table_epochs is None else args.table_epochs
-    if table_epochs and not trained:
+    if args.table_epochs and not trained:
         with attempt("the receptive-field table", failed):
-            rows = compare_receptive_fields(args, splits, table_epochs, out / "progress")
-            metrics["receptive_fields"] = rows
-            plot_table(rows, out / "receptive_fields.png")
+            metrics["receptive_fields"] = compare_receptive_fields(args, splits, out / "progress")
+            plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
 
     # 6. Report.
     write_metrics(out, args, metrics | {"failed": failed})

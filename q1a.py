@@ -17,8 +17,8 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run, draw_curves,
-    evaluate, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, normal_log_prob,
-    number, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table,
+    evaluate, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, looked_at,
+    normal_log_prob, number, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table,
     settings, split_points, standard_error, sum_dims, write_metrics, write_report,
 )  # fmt: skip
 
@@ -53,19 +53,19 @@ def true_neg_log_prob(data: str, x: Tensor) -> Tensor:
     return -torch.distributions.MultivariateNormal(mean, covariance).log_prob(x.double())
 
 
-def closed_form(covariance: np.ndarray, decoder: str) -> tuple[list[float], float]:
-    """The decoder's stds and the least KL, nats, at which the bound can touch the floor: 1/2 ln(det covariance/det D).
+def least_code(covariance: np.ndarray, decoder: str) -> tuple[list[float], float]:
+    """Of the models whose bound touches the floor, the one with the least KL: its decoder's stds, and its KL in nats.
 
-    The decoder's noise can be any diagonal (or any isotropic) matrix D with covariance - D >= 0, as the code must make
-    up the rest; the KL is then the information I(x; z), least for the D of largest determinant. Isotropic: D is the
+    The decoder's noise can have any diagonal (or isotropic) covariance D with covariance - D >= 0; the code makes up
+    the rest. The KL is then I(x; z) = 1/2 ln(det covariance / det D), least where det D is largest. Isotropic: D is the
     smallest eigenvalue times I. Diagonal, in 2-D: the data's variances times 1 - |correlation|.
     """
     variances = np.diag(covariance)
-    noise = variances * (1 - abs(covariance[0, 1]) / math.sqrt(variances.prod()))
+    d = variances * (1 - abs(covariance[0, 1]) / math.sqrt(variances.prod()))
     if decoder == "isotropic":
-        noise = np.linalg.eigvalsh(covariance)[:1]
-    det_noise = np.broadcast_to(noise, 2).prod()
-    return np.sqrt(noise).tolist(), max(0.0, 0.5 * math.log(np.linalg.det(covariance) / det_noise))
+        d = np.linalg.eigvalsh(covariance)[:1]
+    det_d = np.broadcast_to(d, 2).prod()
+    return np.sqrt(d).tolist(), max(0.0, 0.5 * math.log(np.linalg.det(covariance) / det_d))
 
 
 def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +73,7 @@ def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, 
 
     log q(z_m|x_m) - log q(z_m), with q(z_m) estimated by the mean of q(z_m|x_j) over all j (in expectation a lower
     bound, never above log M) or over all j but m (an upper bound): Poole et al. 2019, arXiv:1905.06922, section 2.
-    KL = I(x; z) + KL(q(z) || p(z)) (Hoffman & Johnson 2016), so KL minus these bounds the aggregated posterior's
-    distance from the prior. z, mu, log_std: [M, ...].
+    z, mu, log_std: [M, ...]. With q(z) the aggregated posterior, KL = I + KL(q(z) || p(z)) (Hoffman & Johnson 2016).
     """
     z, mu, log_std = (t.flatten(1).cpu().double() for t in (z, mu, log_std))  # mps has no float64
     own, precision, rows = normal_log_prob(z, mu, log_std), torch.exp(-2 * log_std), []
@@ -92,13 +91,13 @@ def information_bounds(z: Tensor, mu: Tensor, log_std: Tensor) -> tuple[Tensor, 
 def look_into_code(model: VAE, x: Tensor, log_p: Tensor) -> dict[str, Any]:
     """Experiments on test points x [N, 2] that say whether z is used; log_p [N] is the true log density, nats.
 
-    Each KL(q(z_i|x) || p(z_i)); the decoder term with z from q(z|x), from another point's q, and from p(z); bounds on
+    The KL of each latent; the decoder term with z from q(z|x), from another point's q, and from p(z); bounds on
     I(x; z); the decoder's stds; IWAE-64 above the truth.
     """
-    noise = fixed_noise("codes")
-    z, mu, log_std = model.posterior(x, noise)
+    generator = fixed_noise("codes")
+    z, mu, log_std = model.posterior(x, generator)
     kl_i = 0.5 * (mu**2 + torch.exp(2 * log_std) - 1) - log_std  # (N, 2), nats
-    sources = {"posterior": z, "shuffled": z.roll(1, 0), "prior": model.prior.sample(len(x), noise)}
+    sources = {"posterior": z, "shuffled": z.roll(1, 0), "prior": model.prior.sample(len(x), generator)}
     recon = {name: -model.log_p_x(x, from_there) for name, from_there in sources.items()}
     cost = bits_per_dim(recon["shuffled"] - recon["posterior"], 2)
     few = slice(0, 4000)
@@ -134,33 +133,33 @@ def explained_variance(model: VAE, x: Tensor, covariance: np.ndarray) -> dict[st
 
 def measure(model: VAE, data_name: str, decoder_name: str, test: Tensor) -> dict[str, Any]:
     """All that the report says of one model, on the test points [N, 2]."""
-    covariance, (terms, of_draws) = true_covariance(data_name), evaluate_points(model, test)
-    floor_stds, least_kl = closed_form(covariance, decoder_name)
-    floor = true_neg_log_prob(data_name, test.cpu())
+    terms, of_draws = evaluate_points(model, test)
+    floor, covariance = true_neg_log_prob(data_name, test.cpu()), true_covariance(data_name)
+    stds, least_kl = least_code(covariance, decoder_name)
     return {
         **in_bits(terms, 2),
         "neg_elbo_mc_se_bpd": bits_per_dim(of_draws, 2),
         "floor_bpd": bits_per_dim(floor.mean().item(), 2),
         "neg_elbo_minus_floor_se_bpd": bits_per_dim(standard_error(terms.neg_elbo - floor), 2),
         "least_kl_bpd": bits_per_dim(least_kl, 2),
-        "floor_stds": floor_stds,
+        "floor_stds": stds,
         **look_into_code(model, test, -floor),
         **explained_variance(model, test, covariance),
     }
 
 
 def answer(name: str, f: dict[str, Any]) -> str:
-    """Whether this model uses its code, and for what, from what it costs to take the code away."""
+    """A line of the report: whether this model uses its code, for what, and whether it has to."""
     cost, se = f["shuffling_costs_bpd"], f["shuffling_costs_se_bpd"]
     used = cost > max(0.05, 4 * se)
     axes = {"long": f["long_axis_r2"], "short": f["short_axis_r2"]}
     what = " and ".join(f"the {axis} axis ({r2:.1%} of its variance)" for axis, r2 in axes.items() if r2 > 0.1)
+    fit_on_z = f"A linear fit on z explains {what or 'none of the axes'}. " if used else ""
     can = "can" if f["least_kl_bpd"] < 0.05 else "cannot"
     return (
         f"- `{name}` **{'uses its code' if used else 'does not use its code'}**: with another point's z the decoder "
-        f"term rises by {cost:.3f} ± {se:.3f} bits/dim. "
-        + (f"A linear fit on z explains {what or 'none of the axes'}. " if used else "")
-        + f"The decoder's noise alone {can} have the data's shape: the floor needs a KL of {f['least_kl_bpd']:.3f}."
+        f"term rises by {cost:.3f} ± {se:.3f} bits/dim. {fit_on_z}The decoder alone {can} fit the data: to reach the "
+        f"floor takes a KL of {f['least_kl_bpd']:.3f} or more."
     )
 
 
@@ -172,14 +171,14 @@ def report(metrics: dict[str, Any]) -> str:
         f"| {f['floor_bpd']:.4f} | {f['neg_elbo_bpd'] - f['floor_bpd']:+.4f} ± {f['neg_elbo_minus_floor_se_bpd']:.4f} |"
         for name, f in final.items()
     )
-    used = "\n".join(
-        f"| {name} | {numbers(f['kl_per_latent_bits'])} | {f['recon_z_posterior_bpd']:.3f} "
-        f"| {f['recon_z_shuffled_bpd']:.3f} | {f['recon_z_prior_bpd']:.3f} | {numbers(f['decoder_stds'])} "
-        f"| {numbers(f['floor_stds'])} |"
+    experiments = "\n".join(
+        f"| {name} | {in_one_cell(f['kl_per_latent_bits'])} | {f['recon_z_posterior_bpd']:.3f} "
+        f"| {f['recon_z_shuffled_bpd']:.3f} | {f['recon_z_prior_bpd']:.3f} | {in_one_cell(f['decoder_stds'])} "
+        f"| {in_one_cell(f['floor_stds'])} |"
         for name, f in final.items()
     )
     estimates = "\n".join(
-        f"| {name} | {f['kl_same_points_bpd']:.4f} | {numbers(f['information_bpd'], 4)} "
+        f"| {name} | {f['kl_same_points_bpd']:.4f} | {in_one_cell(f['information_bpd'], 4)} "
         f"± {f['information_se_bpd']:.4f} | {f['least_kl_bpd']:.4f} | {f['long_axis_r2']:.3f} "
         f"| {f['short_axis_r2']:.3f} "
         f"| {f['neg_iwae64_minus_floor_bpd']:+.5f} ± {f['neg_iwae64_minus_floor_se_bpd']:.5f} |"
@@ -194,18 +193,19 @@ Four VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, 
 
 ## 1. Loss curves and final losses
 
-**On test, none of the four is more than {highest:.4f} bits/dim above the true density.** By how much: the last column.
+**On test, all four models are at most {highest:.4f} bits/dim above the true density** (last column, paired by point).
 
-| model | −ELBO | KL term | decoder term | floor: true density | −ELBO − floor, by point |
+| model | −ELBO | KL term | decoder term | floor: true density | −ELBO − floor |
 |---|---|---|---|---|---|
 {rows}
 
 ![curves](curves.png)
 
 The floor is the true density's mean −log p(x) on the same test points; no bound lies under it but by chance. The KL is
-in closed form, the decoder term the mean over 64 draws of z per point, which leave an error of
-{max(f["neg_elbo_mc_se_bpd"] for f in final.values()):.5f} at most. Curves show one draw for the first points of each
-split. Training steps skipped, as loss or gradients were not finite: {sum(curve["skipped_steps"] for curve in curves)}.
+in closed form, the decoder term the mean over 64 draws of z per point. Each ± contains the noise of these draws, whose
+own standard error is {max(f["neg_elbo_mc_se_bpd"] for f in final.values()):.5f} at most. Curves show one draw for each
+of the first points of a split. Training steps skipped, as loss or gradients were not finite:
+{sum(curve["skipped_steps"] for curve in curves)}.
 
 ## 2. Samples
 
@@ -220,20 +220,20 @@ split. Training steps skipped, as loss or gradients were not finite: {sum(curve[
 How we know, by experiment on the same test points: a code counts as used if the decoder term rises by more than 0.05
 bits/dim, and by four standard errors, with another point's z.
 
-| model | KL of each latent, bits | decoder term | with another's z | with z ~ p(z) | decoder stds | at the floor |
+| model | KL of each latent, bits | decoder term, one z | another's z | z ~ p(z) | decoder stds | at the floor |
 |---|---|---|---|---|---|---|
-{used}
+{experiments}
 
 What the code holds: R² of a linear fit on z says which axis of the data it follows. KL (in closed form), I and IWAE
-are of the first 4,000 test points. I exceeds the KL by chance only; where the two meet within the error, the codes of
-all points together have the prior's distribution.
+are of the first 4,000 test points. KL = I + KL(q(z) || p(z)), with q(z) the distribution of all points' codes. So I is
+no larger than the KL (its estimate may be, within its error), and the closer the two, the closer q(z) is to the prior.
 
 | model | KL | I(x; z), lower and upper bound | at the floor | long axis R² | short axis R² | −IWAE-64 − floor |
 |---|---|---|---|---|---|---|
 {estimates}
 
-"At the floor" is computed from the data's covariance, and is the *least* code. The split is not unique: a decoder with
-less noise and a code that carries more can touch the same floor, and any rotation of z serves as well.
+"At the floor" is computed from the data's covariance, for the *least* code. A decoder with less noise, and a code that
+carries more, can touch the same floor. Which latent carries the code, and its sign, are arbitrary.
 {seeds_table(metrics.get("seeds", {}), of_one_seed)}"""
 
 
@@ -241,13 +241,11 @@ def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
     """What the report says of a model over several seeds, by column."""
     return {
         "−ELBO": f["neg_elbo_bpd"], "KL term": f["kl_bpd"], "decoder term": f["recon_bpd"],
-        "−ELBO − floor": f["neg_elbo_bpd"] - f["floor_bpd"], "KL − least KL": f["kl_bpd"] - f["least_kl_bpd"],
-        "cost of another's z": f["shuffling_costs_bpd"],
+        "−ELBO − floor": f["neg_elbo_bpd"] - f["floor_bpd"], "cost of another's z": f["shuffling_costs_bpd"],
     }  # fmt: skip
 
 
-def numbers(values: list[float], digits: int = 3) -> str:
-    """A short list of numbers for a table's cell."""
+def in_one_cell(values: list[float], digits: int = 3) -> str:
     return ", ".join(f"{v:.{digits}f}" for v in values)
 
 
@@ -255,39 +253,39 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], tests: dict[str, Ten
     """For each model: the data, x ~ p(x|z) and mu(z) for the same z ~ p(z), with equal axes."""
     fig, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharex=True, sharey=True, layout="constrained")
     for ax, (name, (x, mean)) in zip(axes, samples.items(), strict=True):
-        for xy, label, style in (
-            (tests[name][: len(x)], "test data", dict(color="0.75", s=5)),
-            (x, "x ~ p(x|z)", dict(color="C0", s=2)),
-            (mean, "µ(z), no decoder noise", dict(color="C1", s=2)),
-        ):
-            ax.scatter(*xy.cpu().numpy().T, label=label, linewidths=0, **style)
+        ax.scatter(*tests[name][: len(x)].numpy().T, s=5, linewidths=0, color="0.75", label="test data")
+        ax.scatter(*x.numpy().T, s=2, linewidths=0, color="C0", label="x ~ p(x|z)")
+        ax.scatter(*mean.numpy().T, s=2, linewidths=0, color="C1", label="µ(z), no decoder noise")
         ax.set(xlabel="x₁", ylabel="x₂", aspect="equal")
         ax.set_title(f"{name}\n−ELBO {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     axes[0].legend(fontsize=8, markerscale=3)
     save_figure(fig, path)
 
 
-def plot_all_curves(curves: dict[str, Any], final: dict[str, Any], path: Path) -> None:
-    """The curves of the four models, each above the floor of its data."""
+def plot_all_curves(curves: dict[str, Any], floors: dict[str, Any], final: dict[str, Any], path: Path) -> None:
+    """The curves of the four models. floors: {model: {split: the true density on the curve's points, bits/dim}}."""
     fig, axes = plt.subplots(4, 3, figsize=(11, 12), sharex=True, layout="constrained")
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
-        floor = final[name]["floor_bpd"]
-        draw_curves(row, curve, {"true density, test": (floor, floor)})
+        draw_curves(row, curve)
+        for line in list(row[0].lines):  # of train, validation and test
+            row[0].axhline(floors[name][line.get_label()], color=line.get_color(), ls=":")
+        row[0].set_ylim(bottom=min(row[0].get_ylim()[0], min(floors[name].values()) - 0.002))
         row[0].set_title(f"{name}: −ELBO, test {final[name]['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
+    fig.suptitle("Dotted: −log p(x) of the true density, on the same points as the curve of that colour")
     save_figure(fig, path)
 
 
 @torch.no_grad()
 def plot_evidence(models: dict[str, VAE], tests: dict[str, Tensor], final: dict[str, Any], path: Path) -> None:
-    """Above: data coloured by the latent that costs most. Below: mu(z) for z ~ p(z), and the decoder's noise there."""
+    """Above: test points, coloured by the latent of the larger KL. Below: mu(z) and sigma(z) at draws z ~ p(z)."""
     fig, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
     for (above, below), (name, model) in zip(axes.T, models.items(), strict=True):
         x, kl = tests[name][:3000], final[name]["kl_per_latent_bits"]
-        used = int(np.argmax(kl))
-        colours = model.encoder(x)[0][:, used].numpy()
+        latent = int(np.argmax(kl))
+        colours = model.encoder(x)[0][:, latent].numpy()
         shown = above.scatter(*x.numpy().T, c=colours, s=3, linewidths=0, cmap="viridis")
-        plt.colorbar(shown, ax=above, label=f"mean of z{'₁₂'[used]}", shrink=0.8)
-        above.set_title(f"{name}\nz{'₁₂'[used]} costs {kl[used]:.2f} bits", fontsize=10)
+        plt.colorbar(shown, ax=above, label=f"mean of z{'₁₂'[latent]}", shrink=0.8)
+        above.set_title(f"{name}\nz{'₁₂'[latent]} costs {kl[latent]:.2f} bits", fontsize=10)
         mu, log_std = model.decoder(model.prior.sample(12, fixed_noise("ellipses")))
         below.scatter(*x.numpy().T, s=3, linewidths=0, color="0.85")
         for centre, std in zip(mu, log_std.exp().expand(-1, 2), strict=True):
@@ -302,12 +300,14 @@ def plot_evidence(models: dict[str, VAE], tests: dict[str, Tensor], final: dict[
 
 def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
     """All of 1A with one seed: trains, writes checkpoint, metrics, figures and report; returns the metrics."""
-    described, tests, curves, final, models = {}, {}, {}, {}, {}
+    described, tests, curves, floors, final, models = {}, {}, {}, {}, {}, {}
     sets = {name: split_points(name, make_points(name)[: 5000 if args.smoke else None]) for name in TURN}
     prepare(out, args, min(len(data.splits["train"]) for data in sets.values()))
     for data_name, data in sets.items():
         splits = {k: x.to(args.device) for k, x in data.splits.items()}
         described[data_name] = data.describe()
+        looks = looked_at(data.splits, args.epochs)
+        floor = {k: bits_per_dim(true_neg_log_prob(data_name, x).mean().item(), 2) for k, x in looks.items()}
         for decoder_name, num_log_stds in DECODERS.items():
             name = f"{data_name}_{decoder_name}"
             torch.manual_seed(args.seed)
@@ -318,7 +318,7 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
                 path=out / "progress" / f"{name}.pt", resume=args.resume, run={"args": settings(args)}, name=name,
             )  # fmt: skip
             final[name] = measure(model, data_name, decoder_name, splits["test"])
-            models[name], tests[name] = model.cpu(), data.splits["test"]
+            models[name], tests[name], floors[name] = model.cpu(), data.splits["test"], floor
     state = {name: model.state_dict() for name, model in models.items()}
     save_checkpoint(out / "checkpoint.pt", {"script": "q1a", "args": settings(args), "state": state})
     metrics = describe_run("q1a", args, described, *models.values()) | {"curves": curves, "final": final}
@@ -329,7 +329,7 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
         for f in final.values():
             check_above(f["neg_elbo_bpd"] - f["floor_bpd"], f["neg_elbo_minus_floor_se_bpd"])
     with attempt("curves.png", failed):
-        plot_all_curves(curves, final, out / "curves.png")
+        plot_all_curves(curves, floors, final, out / "curves.png")
     with attempt("samples.png", failed), torch.no_grad():
         samples = {name: model.sample(3000, fixed_noise("samples")) for name, model in models.items()}
         plot_samples(samples, tests, final, out / "samples.png")
@@ -352,9 +352,8 @@ def main(argv: list[str] | None = None) -> None:
         runs[seed] = run(one, out if seed == args.seed else out / f"seed_{seed}", last=args.seeds == 1)
     if args.seeds > 1:
         seeds = {seed: of_seed["final"] for seed, of_seed in runs.items()}
-        failed: dict[str, str] = {}
-        for seed, of_seed in runs.items():
-            failed |= {f"{what} (seed {seed})": why for what, why in of_seed["failed"].items()}
+        missing = [(what, seed, why) for seed, of_seed in runs.items() for what, why in of_seed["failed"].items()]
+        failed = {f"{what} (seed {seed})": why for what, seed, why in missing}
         metrics = runs[args.seed] | {"args": settings(args), "seeds": seeds, "failed": failed}
         write_metrics(out, args, metrics)
         write_report(out, report(metrics), failed)

@@ -30,7 +30,7 @@ FLAGS = [  # script, flags, what the line has to name
     ("q2a", "--muon-lr -1", "--muon-lr"), ("q2b", "--schedule x", "--schedule"), ("bonus", "--blind -1", "--blind"),
     ("q2a", "--device tpu", "--device"), ("q2b", "--device cuda", "--device cuda"),
     ("bonus", "--device mps", "--device mps"), ("q2a", "--precision fp8", "--precision"),
-    ("q2a", "--latents 0", "--latents"), ("bonus", "--latents -1", "--latents"), ("q2a", "--limit 5", "--limit"),
+    ("q2a", "--latents 0", "--latents"), ("bonus", "--latents 0", "--latents"), ("q2a", "--limit 5", "--limit"),
     ("q2b", "--limit 0", "--limit"), ("bonus", "--receptive-field 0", "--receptive-field"),
     ("bonus", "--receptive-field 99", "--receptive-field"), ("bonus", "--prior laplace", "--prior"),
     ("bonus", "--free-bits -1", "--free-bits"), ("bonus", "--table-epochs -1", "--table-epochs"),

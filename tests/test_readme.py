@@ -47,7 +47,7 @@ def test_every_command_runs_at_smoke_size(script, flags, smoke, tmp_path, monkey
     for module in (bonus, q2b):
         if "--samples" not in flags:
             monkeypatch.setattr(module, "draw_figures", lambda *_: None)
-    monkeypatch.setattr(q1b, "DRAWS", 2000)
+    monkeypatch.setattr(q1b, "DRAWS_PER_POINT", 2000)
     flags = re.sub(r"results/(\w+)/checkpoint.pt", rf"{smoke[0]}/\1/checkpoint.pt", flags)
     flags = re.sub(r"--(seeds|samples) \d+", r"--\1 2", flags)
     flags += " --smoke --device cpu --epochs 1" + ("" if script in ("q1a", "q1b") else " --limit 30 --batch-size 8")

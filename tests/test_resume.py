@@ -52,7 +52,7 @@ def run_script(script, out, more, keep_seconds, log, draw):
         core.save_figure = module.save_figure = lambda fig, path: plt.close(fig)
         module.draw_figures = lambda *_: None
         module.plot_images = module.plot_curves = lambda *_, **__: None
-        module.RECEPTIVE_FIELDS, module.COUNTS, module.DRAWS = (1,), (1, 100), 1000  # of bonus, of q1b
+        module.RECEPTIVE_FIELDS, module.IWAE_K, module.DRAWS_PER_POINT = (1,), (1, 100), 1000  # of bonus, of q1b
     epochs, sizes = SIZES[script]
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         flags = ["--smoke", "--device", "cpu", "--out", out, "--epochs", str(epochs), *sizes, *more]
