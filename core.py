@@ -1101,7 +1101,6 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    examples: int = 0  # of each split that a look evaluates: one number for the whole curve, also with more epochs
     curves: dict[str, Any] = field(default_factory=no_curves)
     best_bound: float = math.inf  # -ELBO on validation, bits/dim
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -1132,11 +1131,12 @@ def fit(
     steps = epochs * steps_per_epoch
     optimisers = make_optimisers(model, lr, muon_lr)
     must_match = what_must_match(run, model, splits)
-    now, order = Progress(examples=num_looked_at(splits, epochs)), None
+    now, order = Progress(), None
     make_folder(path.parent)
     if resume and path.exists():
         now = load_progress(path, must_match, model, optimisers, steps)
-    looked_at = {split: x[: now.examples] for split, x in splits.items()}
+    examples = now.curves.setdefault("examples", num_looked_at(splits, epochs))  # the same for the whole curve
+    looked_at = {split: x[:examples] for split, x in splits.items()}
     started, saved_at = time.monotonic() - now.seconds, time.monotonic()
     with progress_bar(total=steps, initial=now.step, desc=name or "training") as bar:
         while True:

@@ -17,7 +17,7 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run, draw_curves,
-    evaluate, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, looked_at,
+    evaluate, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch,
     normal_log_prob, number, parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table,
     settings, split_points, standard_error, sum_dims, write_metrics, write_report,
 )  # fmt: skip
@@ -306,8 +306,6 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
     for data_name, data in sets.items():
         splits = {k: x.to(args.device) for k, x in data.splits.items()}
         described[data_name] = data.describe()
-        looks = looked_at(data.splits, args.epochs)
-        floor = {k: bits_per_dim(true_neg_log_prob(data_name, x).mean().item(), 2) for k, x in looks.items()}
         for decoder_name, num_log_stds in DECODERS.items():
             name = f"{data_name}_{decoder_name}"
             torch.manual_seed(args.seed)
@@ -318,7 +316,10 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
                 path=out / "progress" / f"{name}.pt", resume=args.resume, run={"args": settings(args)}, name=name,
             )  # fmt: skip
             final[name] = measure(model, data_name, decoder_name, splits["test"])
-            models[name], tests[name], floors[name] = model.cpu(), data.splits["test"], floor
+            models[name], tests[name] = model.cpu(), data.splits["test"]
+            of_curve = {split: x[: curves[name]["examples"]] for split, x in data.splits.items()}
+            truth = {split: true_neg_log_prob(data_name, x).mean().item() for split, x in of_curve.items()}
+            floors[name] = {split: bits_per_dim(nats, 2) for split, nats in truth.items()}
     state = {name: model.state_dict() for name, model in models.items()}
     save_checkpoint(out / "checkpoint.pt", {"script": "q1a", "args": settings(args), "state": state})
     metrics = describe_run("q1a", args, described, *models.values()) | {"curves": curves, "final": final}

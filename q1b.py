@@ -17,7 +17,7 @@ from typing import Any
 
 from core import (  # before torch, whose import reads what core has set
     SPLITS, VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run,
-    draw_curves, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, looked_at, noise, number,
+    draw_curves, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, noise, number,
     parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table, settings, split_points,
     standard_error, write_metrics, write_report,
 )  # fmt: skip
@@ -387,7 +387,7 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
         for f in final.values():
             check_above(f["test"]["excess_bpd"], f["test"]["excess_se_bpd"])
     with attempt("curves.png", failed):
-        few = len(looked_at(splits, args.epochs)["test"])  # points of each split that the curves show
+        few = curves["diagonal"]["examples"]  # points of each split that the curves show
         curve_floors = {k: bits_per_dim(floor[:few].mean().item(), 2) for k, floor in floors.items()}
         plot_both_curves(curves, curve_floors, final, out / "curves.png")
     with attempt("samples.png", failed), torch.no_grad():
