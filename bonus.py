@@ -476,18 +476,22 @@ def main(argv: list[str] | None = None) -> None:
     terms = evaluate_splits(model, splits)
     metrics["final"] = {name: in_bits(of_split, 3072) for name, of_split in terms.items()}
     write_metrics(out, args, metrics)
+    print(f"test: -ELBO {metrics['final']['test']['neg_elbo_bpd']:.4f} bits/dim, on all images")
 
     # 4. Figures and checks, each of which may fail without the others.
-    model.eval()
     failed: dict[str, str] = {}
     if args.data == "synthetic":
         with attempt("a bound above its floor", failed):
-            metrics["floor"] = floor = synthetic_floor(splits, terms["test"].neg_elbo)
+            floor = synthetic_floor(splits, terms["test"].neg_elbo)
+            metrics["floor"] = floor
             check_above(floor["excess_bpd"], floor["excess_se_bpd"])
-    test, bound = splits["test"], metrics["final"]["test"]["neg_elbo_bpd"]
+    test = splits["test"]
     with attempt("curves.png", failed):
-        name = "the training of the checkpoint" if trained else f"bonus, {data.name}\ntest −ELBO {bound:.3f} bits/dim"
-        plot_curves(curves, name, out / "curves.png", None if trained else metrics.get("floor"))
+        if trained:
+            plot_curves(curves, "the training of the checkpoint", out / "curves.png")
+        else:
+            name = f"bonus, {data.name}\ntest −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
+            plot_curves(curves, name, out / "curves.png", metrics.get("floor"))
     title = f"bonus: receptive field {args.receptive_field}, {args.prior} prior, {data.name}"
     with torch.no_grad():
         draw_figures(model, splits, title, out, args.samples, failed)
