@@ -66,11 +66,10 @@ def fit_flow_to_frozen_2a(
     fitted.decoder.requires_grad_(False)
     torch.manual_seed(args.seed)
     fitted.prior = FlowPrior(a.prior.latent_shape).to(args.device)
-    run = {"args": settings(args, but=("compare",)) | {"weights_of_2a": sha256_of(a.state_dict())}}
     fit(
         fitted, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
         muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed, precision=args.precision, path=path,
-        resume=args.resume, run=run, name="flow on frozen 2a",
+        resume=args.resume, run={"args": settings(args, but=("compare",))}, name="flow on frozen 2a",
     )  # fmt: skip
     return fitted
 
@@ -351,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
     if model_a:
         with attempt("the comparison with 2a", failed):
             epochs = math.ceil(args.epochs / 3)
-            path = out / "progress" / f"flow_alone_{args.epochs}.pt"
+            weights = sha256_of(model_a.state_dict())  # with another 2a, --resume fits another flow
+            path = out / "progress" / f"flow_on_2a_{weights[:8]}.pt"
             fitted = fit_flow_to_frozen_2a(model_a, args, splits, epochs, path)
             found = compare(model_a, fitted, model, test, terms["test"]) | {"prior_alone_epochs": epochs}
             metrics["against_2a"] = found

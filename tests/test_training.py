@@ -158,6 +158,21 @@ def test_curves_hold_every_look_with_its_step_and_fraction_of_an_epoch():
         assert len(curves[split][key]) == len(curves["step"])
 
 
+def test_a_curve_is_of_the_same_examples_after_resume_with_more_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "num_looked_at", lambda splits, epochs: 5 * epochs)
+    model, splits, saved = point_model(), point_splits(), {"path": tmp_path / "checkpoint.pt", "run": {}}
+    seen, look = set(), core.look
+
+    def noting(now, model, splits, *rest):
+        seen.add(len(splits["valid"]))
+        look(now, model, splits, *rest)
+
+    monkeypatch.setattr(core, "look", noting)
+    train(model, splits, epochs=1, **saved)
+    curves = train(model, splits, epochs=3, resume=True, **saved)
+    assert curves["epoch"][-1] == 3 and seen == {5} and curves["examples"] == 5
+
+
 def test_looks_cost_a_tenth_of_training_and_take_no_more_than_validation_has():
     def looked_at(train, valid, epochs):
         return core.num_looked_at({"train": torch.zeros(train), "valid": torch.zeros(valid)}, epochs)
