@@ -18,6 +18,7 @@ if hasattr(signal, "SIGHUP"):  # nohup's, which the scripts respect
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -51,6 +52,24 @@ def run(*command, folder=ROOT, **environment):
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def refused(capsys, call, *words, status=2):
+    """The one line on standard error with which call() ends the program; it holds all of the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = capsys.readouterr().err
+    assert stop.value.code == status and message.startswith("error: ") and message.count("\n") == 1, message
+    assert all(word in message for word in words), message
+    return message
+
+
+def noise_file(folder):
+    """A file of 60 images of noise, which is made faster than synthetic ones: its path."""
+    path = folder / "noise.npz"
+    np.savez(path, np.random.RandomState(0).randint(0, 256, (60, 32, 32, 3), dtype=np.uint8))
+    return str(path)
 
 
 def results(folder, script):
@@ -103,7 +122,8 @@ def background(request, tmp_path_factory):
             command = (f"{script}.py", "--smoke", "--device", "cpu", "--out", smoke, *more)
             futures[script] = smoke, pool.submit(made, *command, env=environment)
     if "two_processes" in fixtures:
-        command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "tests/two_processes.py", two)
+        noise_file(two)
+        command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "tests/tools/two_processes.py", two)
         futures["two_processes"] = two, pool.submit(made, *command)
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)

@@ -27,6 +27,7 @@ TESTS = (
 OF_FILE = {"q2b.py": (("scripts",),)}  # tests in place of TESTS
 OF_MISTAKE = {  # likewise
     "wavefronts on the CPU": (("fake_gpu",),), "taps on the CPU": (("fake_gpu",),),
+    "gradients of several processes not averaged": (("processes",),),
     "a live run is not seen": (("everywhere",),), "earlier results written over": (("everywhere",),),
     "optimiser starts anew on --resume": (("resume",),), "an epoch begins anew on --resume": (("resume",),),
     "--resume with any arguments": (("resume",),), "failures after training swallowed": (("resume",),),
@@ -35,6 +36,7 @@ CONTROL = ("control: no mistake, and no test fails", "core.py", "import argparse
 MUTANTS = [  # what goes wrong, file, right, wrong
     ("a live run is not seen", "core.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("earlier results written over", "core.py", "if not resume and earlier_run:", "if resume and earlier_run:"),
+    ("gradients of several processes not averaged", "core.py", "average_over_processes(gradients)", "pass"),
     ("a KL weight that stays at half", "core.py", "min(1.0, done / kl_warmup)", "min(0.5, done / kl_warmup)"),
     ("channels first taken for rows", "core.py", "x = x.transpose((0, 2, 3, 1) if channels[0] == 1 else (3, 0, 1, 2))", "x = x.reshape(-1, *x.shape[2:], 3)"),
     ("sum over dimensions becomes a mean", "core.py", "x.flatten(1).sum(1)", "x.flatten(1).mean(1)"),
