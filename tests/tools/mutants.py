@@ -27,6 +27,7 @@ TESTS = (
 OF_FILE = {"q2b.py": (("scripts",),)}  # tests in place of TESTS
 OF_MISTAKE = {  # likewise
     "wavefronts on the CPU": (("fake_gpu",),), "taps on the CPU": (("fake_gpu",),),
+    "Muon's identity on the CPU": (("fake_gpu",),),
     "gradients of several processes not averaged": (("processes",),),
     "a live run is not seen": (("everywhere",),), "earlier results written over": (("everywhere",),),
     "optimiser starts anew on --resume": (("resume",),), "an epoch begins anew on --resume": (("resume",),),
@@ -124,6 +125,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("correlation of a position with itself", "q2b.py", "(z[..., :-1], z[..., 1:])", "(z[..., :-1], z[..., :-1])"),
     ("failures after training swallowed", "core.py", "if failed and last: fail(", "if False:\n        fail("),
     ("taps on the CPU", "core.py", "torch.arange(size * size // 2 + 1, device=x.device)", "torch.arange(size * size // 2 + 1)"),
+    ("Muon's identity on the CPU", "core.py", "torch.eye(x.shape[1], dtype=x.dtype, device=x.device)", "torch.eye(x.shape[1], dtype=x.dtype)"),
     ("wavefronts on the CPU", "core.py", "torch.tensor(groups[k], device=device)", "torch.tensor(groups[k], device='cpu')"),
 ]  # fmt: skip
 TOKEN = re.compile(r'"""(?:[^\\]|\\.)*?"""|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'|#[^\n]*|\w+|\s+|.', re.S)
