@@ -63,6 +63,7 @@ def test_control_a_command_with_a_mistake_does_not_run(smoke, tmp_path, monkeypa
 
 
 def test_every_tool_in_the_readme_runs_at_smoke_size(smoke, tmp_path, monkeypatch, capsys):
+    """Of bench one part, sampling; of mutants no test is run; codec is left out where constriction is missing."""
     found = set(re.findall(r"python tests/tools/(\w+)\.py([^`\n&]*)", README))
     assert {tool for tool, _ in found} == {"bench", "codec", "mutants"}
     monkeypatch.chdir(tmp_path)

@@ -386,10 +386,10 @@ def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference():
             assert list(found["kl_bits"].values()) == pytest.approx([0] * 3, abs=1e-9)
 
 
-def test_bonus_compares_receptive_fields_on_one_budget(smoke):
+def test_bonus_reports_a_row_for_each_receptive_field(smoke):
+    """That all are trained on one budget is in test_bonus.py."""
     rows = results(smoke[0], "bonus")["receptive_fields"]
-    assert [r["receptive_field"] for r in rows] == [1, 2, 3]
-    assert {r["epochs"] for r in rows} == {1} and all(r["kl_bpd"] > 0 for r in rows)
+    assert [r["receptive_field"] for r in rows] == [1, 2, 3] and all(r["kl_bpd"] > 0 for r in rows)
     report = (smoke[0] / "bonus" / "report.md").read_text("utf-8")
     for r in rows:
         check_bound(r)
