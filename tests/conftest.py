@@ -103,11 +103,13 @@ def background(request, tmp_path_factory):
     """What takes long in processes of its own, made one after the other beside the tests that do not wait for it.
 
     {name: (folder, future)} of the scripts' --smoke runs, by the README's command, in an environment that asks for what
-    is not there (`nowhere`), and of two_processes.py under torchrun. All of it is stopped if the tests are.
+    is not there (`nowhere`), of tools/two_processes.py under torchrun, and of tools/kills.py. Nothing is made that no
+    test asks for, and all of it is stopped if the tests are.
     """
     fixtures = {name for item in request.session.items for name in item.fixturenames}
     environment = os.environ | nowhere(tmp_path_factory.mktemp("settings"))
-    smoke, two, running = tmp_path_factory.mktemp("Größe"), tmp_path_factory.mktemp("two"), []
+    smoke, two, kills = (tmp_path_factory.mktemp(name) for name in ("Größe", "two", "kills"))
+    running = []
 
     def made(*command, **options):
         command = [sys.executable, *map(str, command)]
@@ -125,6 +127,9 @@ def background(request, tmp_path_factory):
         noise_file(two)
         command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "tests/tools/two_processes.py", two)
         futures["two_processes"] = two, pool.submit(made, *command)
+    if "kills" in fixtures and sys.platform != "win32":
+        noise_file(kills)
+        futures["kills"] = kills, pool.submit(made, "tests/tools/kills.py", kills)
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     for process in running:
@@ -147,6 +152,12 @@ def two_processes(background):
     """The folder of two_processes.py, and its process."""
     out, run = background["two_processes"]
     return out, run.result()
+
+
+@pytest.fixture(scope="session")
+def kills(background):
+    """The process of kills.py."""
+    return background["kills"][1].result()
 
 
 @pytest.fixture
