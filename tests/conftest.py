@@ -65,6 +65,12 @@ def refused(capsys, call, *words, status=2):
     return message
 
 
+def image_args(script, *flags):
+    """The arguments of an image script's smoke run."""
+    defaults, smoke = (getattr(importlib.import_module(script), name) for name in ("DEFAULTS", "SMOKE"))
+    return core.parse_args(core.ImageParser(script), ["--smoke", "--device", "cpu", *flags], defaults, smoke)[0]
+
+
 def noise_file(folder):
     """A file of 60 images of noise, which is made faster than synthetic ones: its path."""
     path = folder / "noise.npz"

@@ -20,11 +20,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = (
-    ("core", "bonus", "plane", "training", "data", "bad_input", "numbers"),
-    ("resume", "everywhere"),
-)  # in this order
-OF_FILE = {"q2b.py": (("scripts",),)}  # tests in place of TESTS
+TESTS = (("core", "bonus", "q1", "training", "data", "bad_input", "numbers"), ("resume", "everywhere"))  # in this order
+OF_FILE = {"q2b.py": (("q2b",), ("scripts",))}  # tests in place of TESTS
 OF_MISTAKE = {  # likewise
     "wavefronts on the CPU": (("fake_gpu",),), "taps on the CPU": (("fake_gpu",),),
     "Muon's identity on the CPU": (("fake_gpu",),),
