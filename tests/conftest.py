@@ -19,6 +19,7 @@ if hasattr(signal, "SIGHUP"):  # nohup's, which the scripts respect
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,6 +57,30 @@ def run(*command, folder=ROOT, **environment):
     )
 
 
+def refused(capsys, call, *words, status=2):
+    """The one line on standard error with which call() ends the program; it holds all of the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = capsys.readouterr().err
+    assert stop.value.code == status and message.startswith("error: ") and message.count("\n") == 1, message
+    assert all(word in message for word in words), message
+    return message
+
+
+def image_args(script, *flags):
+    """The arguments of an image script's smoke run."""
+    defaults, smoke = (getattr(importlib.import_module(script), name) for name in ("DEFAULTS", "SMOKE"))
+    return core.parse_args(core.ImageParser(script), ["--smoke", "--device", "cpu", *flags], defaults, smoke)[0]
+
+
+def noise_file(folder):
+    """A file of 60 images of noise, which is made faster than synthetic ones: its path."""
+    path = folder / "noise.npz"
+    np.savez(path, np.random.RandomState(0).randint(0, 256, (60, 32, 32, 3), dtype=np.uint8))
+    return str(path)
+
+
 def results(folder, script):
     """What a run wrote into metrics.json."""
     return json.loads((folder / script / "metrics.json").read_text("utf-8"))
@@ -87,11 +112,13 @@ def background(request, tmp_path_factory):
     """What takes long in processes of its own, made one after the other beside the tests that do not wait for it.
 
     {name: (folder, future)} of the scripts' --smoke runs, by the README's command, in an environment that asks for what
-    is not there (`nowhere`), and of two_processes.py under torchrun. All of it is stopped if the tests are.
+    is not there (`nowhere`), of tools/two_processes.py under torchrun, and of tools/kills.py. Nothing is made that no
+    test asks for, and all of it is stopped if the tests are.
     """
     fixtures = {name for item in request.session.items for name in item.fixturenames}
     environment = os.environ | nowhere(tmp_path_factory.mktemp("settings"))
-    smoke, two, running = tmp_path_factory.mktemp("Größe"), tmp_path_factory.mktemp("two"), []
+    smoke, two, kills = (tmp_path_factory.mktemp(name) for name in ("Größe", "two", "kills"))
+    running = []
 
     def made(*command, **options):
         command = [sys.executable, *map(str, command)]
@@ -106,8 +133,12 @@ def background(request, tmp_path_factory):
             command = (f"{script}.py", "--smoke", "--device", "cpu", "--out", smoke, *more)
             futures[script] = smoke, pool.submit(made, *command, env=environment)
     if "two_processes" in fixtures:
-        command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "tests/two_processes.py", two)
+        noise_file(two)
+        command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "tests/tools/two_processes.py", two)
         futures["two_processes"] = two, pool.submit(made, *command)
+    if "kills" in fixtures and sys.platform != "win32":
+        noise_file(kills)
+        futures["kills"] = kills, pool.submit(made, "tests/tools/kills.py", kills)
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     for process in running:
@@ -130,6 +161,12 @@ def two_processes(background):
     """The folder of two_processes.py, and its process."""
     out, run = background["two_processes"]
     return out, run.result()
+
+
+@pytest.fixture(scope="session")
+def kills(background):
+    """The process of kills.py."""
+    return background["kills"][1].result()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The bonus: mixtures that sum to 1, what a pixel may see, and samples that do not depend on the order of drawing."""
 
+import argparse
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import bonus
+from conftest import noise_file
 from bonus import LocalPixelCNN, LossyVAE, logistic_log_prob, mixture_log_prob, mixture_sample
 from core import MaskedConv2d, bits_per_dim, evaluate, fixed_noise, in_bits, quantise, wavefront_slope
 
@@ -55,8 +57,9 @@ def test_gradients_at_the_extremes_are_finite_and_point_home(mu, log_scale):
     for level in (0, 1, 128, 254, 255):
         gradients = torch.autograd.grad(logistic_log_prob(torch.tensor(level), m, s), (m, s))
         assert all(g.isfinite() for g in gradients)
-        if mu == 1000 and level < 255:
-            assert gradients[0] < 0  # a mean far above is drawn down, however far
+        home = -1 if level == 0 else 1 if level == 255 else math.copysign(1, (level + 0.5) / 128 - 1 - mu)
+        at_home = (level, mu) in ((0, -1000.0), (255, 1000.0))  # far out in the tail of its own level
+        assert gradients[0] * home > 0 or (at_home and gradients[0].abs() < 1e-9)  # drawn to its level, however far
 
 
 @pytest.mark.parametrize("spread", [1.0, 5.0])
@@ -250,9 +253,10 @@ def test_free_bits_leave_a_kl_below_them_uncharged():
     assert gradients[0] > 0 and gradients[1] == 0  # only the KL moves the prior
 
 
-@pytest.mark.parametrize("free_bits, charged", [(0.0, True), (0.5, False)])
-def test_without_free_bits_a_batch_whose_sampled_kl_is_negative_is_learnt_from_too(free_bits, charged):
-    model, kl = LossyVAE(2, 1, "normal", free_bits=free_bits), torch.tensor(-1.0, requires_grad=True)
+@pytest.mark.parametrize("free_bits, nats, charged", [(0.0, -1.0, True), (0.5, -1.0, False), (0.5, 3000.0, True)])
+def test_a_kl_is_charged_unless_it_is_below_the_free_bits(free_bits, nats, charged):
+    """Without free bits a sampled KL below 0 is charged too. 3,000 nats are 1.4 bits/dim."""
+    model, kl = LossyVAE(2, 1, "normal", free_bits=free_bits), torch.tensor(nats, requires_grad=True)
     model.kl = lambda z, mu, log_std: kl.expand(len(z))
     model.loss(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)).backward()
     assert kl.grad.item() == pytest.approx(charged / (3072 * math.log(2)))
@@ -296,6 +300,41 @@ def test_the_blind_term_is_in_training_alone_and_sees_no_neighbours():
         torch.manual_seed(2)
         expected = losses[0.0] - weight * bits_per_dim(from_z_alone.mean(), 3072)
         assert torch.allclose(model.loss(images, 1.0, done), expected, rtol=1e-5)
+
+
+def test_every_row_of_the_table_is_trained_as_the_model_is_but_for_its_receptive_field_and_epochs(
+    tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(bonus, "fit", lambda model, splits, **options: asked.append((model, options)))
+    given = dict(latents=2, lr=0.5, batch_size=3, seed=7, device="cpu", precision="bf16", kl_warmup=0.25, resume=False)
+    args = argparse.Namespace(**bonus.DEFAULTS | given)
+    splits = {"test": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}
+    rows = bonus.compare_receptive_fields(args, splits, 9, tmp_path)
+    assert [(row["receptive_field"], row["epochs"]) for row in rows] == [(1, 9), (2, 9), (3, 9)]
+    assert [model.decoder.first.kernel_size[0] for model, _ in asked] == [3, 5, 7]
+    for _, options in asked:
+        assert options["epochs"] == 9
+        for name in ("lr", "muon_lr", "schedule", "batch_size", "seed", "precision", "kl_warmup", "resume"):
+            assert options[name] == getattr(args, name), name
+
+
+def test_the_tables_budget_is_a_fifth_of_the_epochs_rounded_up_unless_it_is_given(tmp_path, monkeypatch):
+    asked = []
+
+    def table(args, splits, epochs, progress):
+        asked.append(epochs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bonus, "fit", lambda *_, **__: {})
+    monkeypatch.setattr(bonus, "compare_receptive_fields", table)
+    for name in ("draw_figures", "check_prior", "plot_curves"):
+        monkeypatch.setattr(bonus, name, lambda *_: 0.0)
+    flags = ["--data", noise_file(tmp_path), "--limit", "20", "--latents", "2", "--device", "cpu"]
+    for k, more in enumerate((["10"], ["11"], ["10", "--table-epochs", "7"])):
+        with pytest.raises(KeyboardInterrupt):
+            bonus.main([*flags, "--out", str(tmp_path / str(k)), "--epochs", *more])
+    assert asked == [2, 3, 7]
 
 
 def said_of(found):

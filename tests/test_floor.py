@@ -53,8 +53,13 @@ def pixels(mean, amount, n):
 # --------------------------------------------------------------------------------------------------------- generator
 
 
-def test_synthetic_images_are_bit_for_bit_what_they_were(monkeypatch):
-    images = synthetic_images(3000)
+@pytest.fixture(scope="module")
+def images():
+    """The first 3,000 images of seed 0."""
+    return synthetic_images(3000)
+
+
+def test_synthetic_images_are_bit_for_bit_what_they_were(images, monkeypatch):
     assert np.abs(images.reshape(-1)[::144_000].astype(int) - LEVELS).max() <= 1
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         assert (digest(images), digest(synthetic_images(3000, 1))) == DIGESTS
@@ -64,8 +69,7 @@ def test_synthetic_images_are_bit_for_bit_what_they_were(monkeypatch):
     assert np.abs(images.reshape(-1)[::144_000].astype(int) - LEVELS).max() > 1
 
 
-def test_scenes_of_later_images_are_theirs():
-    images = synthetic_images(3000)
+def test_scenes_of_later_images_are_theirs(images):
     for start, stop in ((0, 7), (1020, 1030), (2500, 3000)):
         scenes = synthetic_scenes(start, stop)
         assert np.array_equal(scenes.images, images[start:stop])

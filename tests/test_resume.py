@@ -5,12 +5,7 @@ KILLS=100 python -m pytest tests/test_resume.py        the long version
 """
 
 import argparse
-import contextlib
-import importlib
-import json
-import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,114 +13,16 @@ import sys
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 import core
+import q1a
 import q2a
-from conftest import ROOT, results
-
-KILLS = int(os.environ.get("KILLS", 20))
-SIZES = {  # epochs, and arguments that keep a run short; the longest first, for the pool
-    "bonus": (2, ["--limit", "40", "--table-epochs", "1", "--batch-size", "20", "--receptive-field", "1"]),
-    "q2b": (2, ["--limit", "40", "--compare"]), "q1b": (2, ["--batch-size", "600"]), "q2a": (2, ["--limit", "40"]),
-}  # fmt: skip
-# The server of new processes imports what they need once, and computes nothing itself.
-CONTEXT = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-CONTEXT.set_forkserver_preload(["core", *SIZES])
-
-
-def run_script(script, out, more, keep_seconds, log, draw):
-    """The script's main in this process, checkpoints every keep_seconds, what it prints in the file log.
-
-    Without `draw`, figures are not drawn and few samples made for them, and a table and a curve are shorter: weights
-    and metrics, which are compared, depend on none of them.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    core.KEEP_SECONDS = keep_seconds
-    module = importlib.import_module(script)
-    if not draw:
-        core.save_figure = module.save_figure = lambda fig, path: plt.close(fig)
-        module.draw_figures = lambda *_: None
-        module.plot_images = module.plot_curves = lambda *_, **__: None
-        module.RECEPTIVE_FIELDS, module.IWAE_K, module.DRAWS_PER_POINT = (1,), (1, 100), 1000  # of bonus, of q1b
-    epochs, sizes = SIZES[script]
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        flags = ["--smoke", "--device", "cpu", "--out", out, "--epochs", str(epochs), *sizes, *more]
-        core.launch(lambda: module.main(flags))
-
-
-def start(script, out, *more, keep_seconds=0.0, draw=KILLS >= 100):
-    process = CONTEXT.Process(target=run_script, args=(script, str(out), more, keep_seconds, f"{out}.log", draw))
-    process.start()
-    return process
-
-
-def outcome(script, out):
-    """Metrics, weights and tables of curves, without what may differ: seconds and machine."""
-    folder = out / "smoke" / script
-    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-    metrics["args"].pop("out")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
-    flat = {}
-    for name, value in state.items():
-        flat.update({f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
-    tables = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*curves.csv")}
-    return without_seconds({k: v for k, v in metrics.items() if k != "env"}), flat, tables
-
-
-def without_seconds(value):
-    """Nested metrics without the entries "seconds"."""
-    if isinstance(value, dict):
-        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
-    return value
-
-
-def assert_same(found, expected):
-    assert found[0] == expected[0] and found[2] == expected[2]
-    assert found[1].keys() == expected[1].keys() and all(torch.equal(found[1][k], expected[1][k]) for k in found[1])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kills(request, tmp_path_factory):
-    """How often runs of each script were killed: numbers still to come, as it is done beside the other tests.
-
-    Nothing is started if the test that asks for them is not among those that run.
-    """
-    asked_for = any(item.name.startswith("test_killed") for item in request.session.items)
-    scripts = SIZES if asked_for and sys.platform != "win32" else ()
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
-    yield [pool.submit(kill_and_resume, script, tmp_path_factory.mktemp(script)) for script in scripts]
-    pool.shutdown(cancel_futures=True)
-
-
-def kill_and_resume(script, tmp_path):
-    """Its share of KILLS at random moments, each followed by --resume; the number of kills."""
-    whole = tmp_path / "whole"
-    begin = time.monotonic()
-    process = start(script, whole, keep_seconds=1e9)
-    process.join()
-    seconds = time.monotonic() - begin
-    assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
-    moments, kills, runs, more = random.Random(f"{script} {KILLS}"), 0, 0, []
-    while kills < KILLS / len(SIZES) or more:
-        out = tmp_path / f"killed_{runs}"
-        process = start(script, out, *more)
-        process.join(moments.uniform(0, 0.7 * seconds) if kills < KILLS / len(SIZES) else None)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills, more = kills + 1, ["--resume"]
-        else:
-            assert process.exitcode == 0, (tmp_path / f"killed_{runs}.log").read_text()
-            assert_same(outcome(script, out), outcome(script, whole))
-            runs, more = runs + 1, []
-    assert runs
-    return kills
+from conftest import ROOT, noise_file, refused, results
+from tools.kills import KILLS, start, without_seconds
 
 
 def wait_for(text, path, process):
@@ -135,31 +32,28 @@ def wait_for(text, path, process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_run_at_once_in_one_line_and_resume_goes_on(number, tmp_path, capsys):
-    """At most what came after the last checkpoint is lost: here the epochs' ends, as there is none between."""
-    log = tmp_path / "out.log"
-    process = start("q2a", tmp_path / "out", "--epochs", "1000", keep_seconds=1e9)
+def test_a_signal_ends_the_run_at_once_in_one_line_and_resume_goes_on(tmp_path, capsys):
+    """At most what came after the last checkpoint is lost: here the epochs' ends, as there is none between.
+
+    Of Ctrl-C; `test_signals_end_the_run_wherever_it_is` has the other signals.
+    """
+    log, flags = tmp_path / "out.log", ["--data", noise_file(tmp_path), "--epochs", "1000"]
+    process = start("q2a", tmp_path / "out", *flags, keep_seconds=1e9)
     wait_for("epoch  2.", log, process)  # a look within the third epoch
-    if number == signal.SIGINT:  # meanwhile another run is refused, and disturbs nothing
-        with pytest.raises(SystemExit) as stop:
-            run_q2a(tmp_path / "out")
-        message = capsys.readouterr().err
-        assert stop.value.code == 2 and message.count("\n") == 1 and "another run" in message
+    refused(capsys, lambda: run_q2a(tmp_path / "out"), "another run")  # meanwhile, and disturbs nothing
     sent = time.monotonic()
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGINT)
     process.join(60)
-    assert process.exitcode == 128 + number and time.monotonic() - sent < 10
+    assert process.exitcode == 128 + signal.SIGINT and time.monotonic() - sent < 10
     last = log.read_text().splitlines()[-1]
     assert not list(tmp_path.rglob("q2a.*"))
     assert last.startswith("error: interrupted") and "--resume" in last and "Traceback" not in log.read_text()
     saved = torch.load(tmp_path / "out/smoke/q2a/checkpoint.pt", weights_only=True)
     assert saved["progress"]["step"] >= 4 and not saved["finished"]  # two epochs of two steps
-    if number == signal.SIGTERM:
-        process = start("q2a", tmp_path / "out", "--epochs", "1000", "--resume")
-        wait_for("going on from", log, process)
-        process.kill()
-        process.join()
+    process = start("q2a", tmp_path / "out", *flags, "--resume")
+    wait_for("going on from", log, process)
+    process.kill()
+    process.join()
 
 
 @pytest.fixture
@@ -190,10 +84,7 @@ def test_resume_trains_on_for_more_epochs_and_refuses_fewer(finished, capsys, un
     assert curves["step"][: len(before["step"])] == before["step"] and curves["epoch"][-1] == 3
     assert curves["step"] == sorted(curves["step"]) and curves["valid"]["kl_bpd"][0] == before["valid"]["kl_bpd"][0]
     assert "step     1 " not in capsys.readouterr().out  # of the first epoch none is made again
-    with pytest.raises(SystemExit) as stop:
-        run_q2a(finished, "--resume", "--epochs", "1")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and "--epochs" in message and "9 steps" in message
+    refused(capsys, lambda: run_q2a(finished, "--resume", "--epochs", "1"), "--epochs", "9 steps")
 
 
 def test_resume_of_a_finished_run_makes_no_step_and_gives_the_same(finished, undrawn, no_step):
@@ -221,19 +112,13 @@ def precisions(finished):
 )  # fmt: skip
 def test_resume_with_other_arguments_is_refused_and_names_both_values(change, named, finished, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*.*")}
-    with pytest.raises(SystemExit) as stop:
-        run_q2a(finished, "--resume", "--epochs", "3", *change)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and all(name in message for name in named)
+    refused(capsys, lambda: run_q2a(finished, "--resume", "--epochs", "3", *change), *named)
     assert {path: path.read_bytes() for path in finished.rglob("*.*")} == before
 
 
 def test_on_resume_the_precision_is_what_the_run_had(finished, capsys, undrawn, monkeypatch):
     had, other = precisions(finished)
-    with pytest.raises(SystemExit) as stop:
-        run_q2a(finished, "--resume", "--precision", other)
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and f"--precision ({had}, now {other})" in message
+    refused(capsys, lambda: run_q2a(finished, "--resume", "--precision", other), f"--precision ({had}, now {other})")
     for native in (False, True):  # whatever this machine would have chosen
         for unit in ("avx512_bf16", "amx_tile"):
             monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda native=native: native, raising=False)
@@ -246,11 +131,8 @@ def test_resume_refuses_a_broken_checkpoint(finished, capsys):
     path = finished / "smoke/q2a/checkpoint.pt"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for precision in ("auto", "fp32"):
-        with pytest.raises(SystemExit) as stop:
-            run_q2a(finished, "--resume", "--epochs", "3", "--precision", precision)
-        message = capsys.readouterr().err
-        assert stop.value.code == 2 and message.count("\n") == 1
-        assert "checkpoint.pt: not a readable checkpoint" in message
+        flags = ["--resume", "--epochs", "3", "--precision", precision]
+        refused(capsys, lambda flags=flags: run_q2a(finished, *flags), "checkpoint.pt: not a readable checkpoint")
 
 
 def full_disk(monkeypatch, wanted):
@@ -289,6 +171,44 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
         core.write_whole(path, write)
     assert path.read_text("utf-8") == "old" and list(tmp_path.iterdir()) == [path]
     assert error.value.filename == str(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode
+    ):
+        pytest.skip("this machine mounts no tmpfs for us; the tests above have the same with a hook")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_on_a_full_disk_nothing_is_lost_and_the_run_can_go_on(small_disk, monkeypatch, capsys, unsaved):
+    monkeypatch.setattr(core.signal, "signal", lambda number, handler: None)  # `launch` sets it
+    flags = ["--smoke", "--out", str(small_disk / "results")]
+    q1a.main([*flags, "--epochs", "1"])
+    folder = small_disk / "results/smoke/q1a"
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
+    flags += ["--resume"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        core.launch(lambda: q1a.main(flags))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and "No space left on device" in lines[-1] and str(folder) in lines[-1]
+    assert any(line.startswith("warning: a new ") and "No space left on device" in line for line in lines[:-1])
+    now = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert now == before
+    (small_disk / "filler").unlink()
+    q1a.main(flags)
+    curves = results(folder, "")["curves"]
+    assert all(curve["epoch"][-1] == 2 for curve in curves.values())
 
 
 # ------------------------------------------------------------------------------------------------------- results first
@@ -378,10 +298,7 @@ def test_launch_turns_what_the_machine_runs_out_of_into_a_line(capsys, monkeypat
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "--batch-size"),
         (OSError(28, "No space left on device", "x/metrics.json"), 1, "x/metrics.json: No space left on device"),
     ):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            core.launch(raiser(error))
-        message = capsys.readouterr().err
-        assert stop.value.code == status and message.count("\n") == 1 and words in message
+        refused(capsys, lambda error=error: core.launch(raiser(error)), words, status=status)
     with pytest.raises(RuntimeError, match="a mistake"):
         core.launch(raiser(RuntimeError("a mistake")))
     with pytest.raises(OSError, match="a library's"):  # not of the machine: its traceback is of use
@@ -408,10 +325,11 @@ def handlers(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_the_run_wherever_it_is(number, handlers, capsys):
-    with pytest.raises(SystemExit) as stop:  # as while figures are drawn
-        core.launch(lambda: os.kill(os.getpid(), number) or time.sleep(1))
-    message = capsys.readouterr().err
-    assert stop.value.code == 128 + number and message.count("\n") == 1 and "--resume" in message
+    def killed():  # as while figures are drawn
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+
+    refused(capsys, lambda: core.launch(killed), "--resume", status=128 + number)
 
 
 def interrupted_where_python_drops_it():
@@ -503,4 +421,5 @@ def test_a_machine_that_runs_out_of_memory_is_told_which_flag_to_lower(tmp_path)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(kills):
     """SIGKILL at any moment of a run, but not while figures are drawn: the short version leaves drawing out."""
-    assert sum(done.result() for done in kills) >= KILLS
+    assert kills.returncode == 0, kills.stderr
+    assert int(kills.stdout) >= KILLS

@@ -20,13 +20,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = (
-    ("core", "bonus", "plane", "training", "data", "bad_input", "numbers"),
-    ("resume", "everywhere"),
-)  # in this order
-OF_FILE = {"q2b.py": (("scripts",),)}  # tests in place of TESTS
+TESTS = (("core", "bonus", "q1", "training", "data", "bad_input", "numbers"), ("resume", "everywhere"))  # in this order
+OF_FILE = {"q2b.py": (("q2b",), ("scripts",))}  # tests in place of TESTS
 OF_MISTAKE = {  # likewise
     "wavefronts on the CPU": (("fake_gpu",),), "taps on the CPU": (("fake_gpu",),),
+    "Muon's identity on the CPU": (("fake_gpu",),),
+    "gradients of several processes not averaged": (("processes",),),
     "a live run is not seen": (("everywhere",),), "earlier results written over": (("everywhere",),),
     "optimiser starts anew on --resume": (("resume",),), "an epoch begins anew on --resume": (("resume",),),
     "--resume with any arguments": (("resume",),), "failures after training swallowed": (("resume",),),
@@ -35,6 +34,7 @@ CONTROL = ("control: no mistake, and no test fails", "core.py", "import argparse
 MUTANTS = [  # what goes wrong, file, right, wrong
     ("a live run is not seen", "core.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("earlier results written over", "core.py", "if not resume and earlier_run:", "if resume and earlier_run:"),
+    ("gradients of several processes not averaged", "core.py", "average_over_processes(gradients)", "pass"),
     ("a KL weight that stays at half", "core.py", "min(1.0, done / kl_warmup)", "min(0.5, done / kl_warmup)"),
     ("channels first taken for rows", "core.py", "x = x.transpose((0, 2, 3, 1) if channels[0] == 1 else (3, 0, 1, 2))", "x = x.reshape(-1, *x.shape[2:], 3)"),
     ("sum over dimensions becomes a mean", "core.py", "x.flatten(1).sum(1)", "x.flatten(1).mean(1)"),
@@ -122,6 +122,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong
     ("correlation of a position with itself", "q2b.py", "(z[..., :-1], z[..., 1:])", "(z[..., :-1], z[..., :-1])"),
     ("failures after training swallowed", "core.py", "if failed and last: fail(", "if False:\n        fail("),
     ("taps on the CPU", "core.py", "torch.arange(size * size // 2 + 1, device=x.device)", "torch.arange(size * size // 2 + 1)"),
+    ("Muon's identity on the CPU", "core.py", "torch.eye(x.shape[1], dtype=x.dtype, device=x.device)", "torch.eye(x.shape[1], dtype=x.dtype)"),
     ("wavefronts on the CPU", "core.py", "torch.tensor(groups[k], device=device)", "torch.tensor(groups[k], device='cpu')"),
 ]  # fmt: skip
 TOKEN = re.compile(r'"""(?:[^\\]|\\.)*?"""|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'|#[^\n]*|\w+|\s+|.', re.S)
