@@ -17,7 +17,7 @@ from PIL import Image
 
 import core
 import q2a
-from conftest import SCRIPTS, nowhere, results, run
+from conftest import SCRIPTS, noise_file, nowhere, refused, results, run
 
 IMAGES = ("q2a", "q2b", "bonus")
 
@@ -163,19 +163,13 @@ def main_of(script, out, *more):
     """The script's smoke run, of image scripts on 60 images of noise, which are made faster than synthetic ones."""
     flags = ["--smoke", "--device", "cpu", "--out", str(out), *more]
     if script in IMAGES:
-        np.savez(out / "noise.npz", np.random.RandomState(0).randint(0, 256, (60, 32, 32, 3), dtype=np.uint8))
-        flags += ["--data", str(out / "noise.npz")]
+        flags += ["--data", noise_file(out)]
     importlib.import_module(script).main(flags)
 
 
 def assert_refused(capsys, culprit, script, out, *more):
     before = contents(out / "smoke")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main_of(script, out, *more)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
-    assert message.startswith("error: another run") and f"writing into {culprit}:" in message and "--out" in message
+    refused(capsys, lambda: main_of(script, out, *more), "error: another run", f"writing into {culprit}:", "--out")
     assert contents(out / "smoke") == before
 
 
@@ -230,10 +224,7 @@ def test_results_are_not_moved_away_from_under_a_live_evaluation(out, capsys):
 
 def test_a_comparison_with_another_2a_or_with_a_live_run_of_it_is_refused_and_nothing_is_moved(out, capsys):
     folder, before = out / "smoke" / "q2a", contents(out / "smoke")
-    with pytest.raises(SystemExit) as stop:
-        main_of("q2b", out, "--compare", "--seed", "1")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and "--seed (0, now 1)" in message
+    refused(capsys, lambda: main_of("q2b", out, "--compare", "--seed", "1"), "--seed (0, now 1)")
     assert contents(out / "smoke") == before
     (folder / "checkpoint.pt").unlink()
     with another_run(folder):
@@ -345,16 +336,61 @@ def test_a_folder_of_photographs_is_trained_on_and_the_report_says_what_was_done
     assert f"data: {name}: 24 train, 3 valid, 3 test\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script, more", [("q2a", []), ("q2b", []), ("q2b", ["--compare"]), ("bonus", [])])
-def test_kl_warmup_reaches_the_training(script, more, tmp_path, monkeypatch):
-    asked = []
+@pytest.fixture
+def options_of_fit(tmp_path, monkeypatch):
+    """What a script hands to its first training, from flags: a function. Images of noise, and no --smoke."""
 
-    def fit(*args, kl_warmup, **options):
-        asked.append(kl_warmup)
-        raise KeyboardInterrupt
+    def options_of(script, *flags):
+        asked = {}
 
-    monkeypatch.setattr(importlib.import_module(script), "fit", fit)
-    for flags in ([], ["--kl-warmup", "0.25"]):
+        def fit(model, splits, **options):
+            asked.update(options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(importlib.import_module(script), "fit", fit)
+        data = ["--data", noise_file(tmp_path), "--latents", "2", "--device", "cpu", "--out", str(tmp_path)]
         with pytest.raises(KeyboardInterrupt):
-            main_of(script, tmp_path, *more, *flags)
-    assert asked == [None, 0.25]
+            importlib.import_module(script).main([*data, *flags])
+        return asked
+
+    return options_of
+
+
+TRAININGS = pytest.mark.parametrize(
+    "script, more",
+    [("q2a", []), ("q2b", []), ("q2b", ["--compare"]), ("bonus", [])],
+    ids=["q2a", "q2b", "q2b --compare", "bonus"],
+)
+
+
+@TRAININGS
+def test_the_flags_of_training_reach_it(script, more, options_of_fit):
+    defaults = importlib.import_module(script).DEFAULTS
+    without = options_of_fit(script, *more)
+    assert without["kl_warmup"] is None and without["seed"] == 0
+    assert all(without[name] == defaults[name] for name in ("epochs", "lr", "muon_lr", "schedule", "batch_size"))
+    values = dict(epochs=3, lr=0.5, muon_lr=0.25, schedule="one-cycle", batch_size=7, seed=9, kl_warmup=0.125)
+    flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    for precision in ("fp32", "bf16"):  # one of them is what this machine would have chosen
+        asked = options_of_fit(script, *more, *flags, "--precision", precision)
+        assert {name: asked[name] for name in values} == values and asked["precision"] == precision
+
+
+@TRAININGS
+def test_handout_sets_its_four_values_and_a_flag_that_is_given_wins(script, more, options_of_fit):
+    of_handout = dict(batch_size=32, lr=2e-4, muon_lr=0.0, schedule="constant")
+    for flags, changed in (([], {}), (["--lr", "0.5"], {"lr": 0.5}), (["--batch-size", "8"], {"batch_size": 8})):
+        for order in (["--handout", *flags], [*flags, "--handout"]):
+            asked = options_of_fit(script, *more, *order)
+            assert {name: asked[name] for name in of_handout} == of_handout | changed
+
+
+def test_question_1_runs_on_one_thread_and_question_2_on_all(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(core, "THREADS", 2)
+    try:
+        for parser, threads in ((core.ImageParser("q2a"), 2), (core.Parser("q1a"), 1)):
+            core.parse_args(parser, ["--device", "cpu"], q2a.DEFAULTS, q2a.SMOKE)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: the real commands, the files they leave, and what their reports say."""
 
+import argparse
 import importlib
 import json
 import math
@@ -201,6 +202,27 @@ def test_a_figure_that_one_seed_cannot_draw_stops_no_other_seed(tmp_path, undraw
     assert stop.value.code == 1 and set(results(folder, "")["failed"]) == {"evidence.png (seed 0)"}
     assert "Missing: evidence.png" in (folder / "report.md").read_text("utf-8")
     assert "Missing" not in (folder / "seed_1" / "report.md").read_text("utf-8")
+
+
+def test_a_bound_below_its_floor_ends_the_run_with_status_1_and_is_named(tmp_path, undrawn, monkeypatch, capsys):
+    monkeypatch.setattr(q2a, "synthetic_floor", lambda splits, nats: core.synthetic_floor(splits, nats - 1e5))
+    flags = ["--smoke", "--epochs", "0", "--limit", "20", "--latents", "2", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        q2a.main(flags)
+    name, folder = "a bound above its floor", tmp_path / "smoke/q2a"
+    assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith(f"error: missing: {name};")
+    assert set(results(folder, "")["failed"]) == {name} and "a defect" in results(folder, "")["failed"][name]
+    assert f"**Missing: {name}.**" in (folder / "report.md").read_text("utf-8")
+
+
+def test_metrics_that_are_not_numbers_are_not_written(tmp_path):
+    args = argparse.Namespace(started=0.0)
+    core.write_metrics(tmp_path, args, {"x": 1.5})
+    before = (tmp_path / "metrics.json").read_bytes()
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            core.write_metrics(tmp_path, args, {"x": 2.5, "y": [value]})
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 # ----------------------------------------------------------------------------------------------------------- --evaluate

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 
 import numpy as np
 import matplotlib.pyplot as plt
@@ -91,6 +92,16 @@ def test_an_evaluation_depends_on_its_seed_and_batch_and_leaves_the_model_and_ra
     with torch.no_grad():
         by_hand = model(x[20:40], fixed_noise("evaluation", 0, 1)).neg_elbo
     assert torch.allclose(first.neg_elbo[20:40], by_hand.double(), rtol=1e-6)
+
+
+def test_the_error_of_one_draw_is_that_of_the_noise_and_not_of_the_examples_spread():
+    class Noisy(nn.Module):
+        def forward(self, x, generator):
+            return Terms(recon=100 * x[:, 0] + 3 * torch.randn(len(x), generator=generator), kl=torch.zeros(len(x)))
+
+    model, x = Noisy(), torch.randn(4000, 2)
+    found = core.error_of_one_draw(model, x, evaluate(model, x).neg_elbo)
+    assert found == pytest.approx(3 / math.sqrt(4000) / (2 * math.log(2)), rel=0.1)  # 3 nats an example, 2 dimensions
 
 
 def test_of_train_as_many_examples_are_reported_as_validation_has():
