@@ -1393,16 +1393,14 @@ def read_checkpoint(path: Path, keys: tuple[str, ...], script: str = "") -> dict
 
 @contextmanager
 def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
-    """A step that a run can do without: if it fails, print a line and note the reason in `failed`, and go on.
-
-    Also if it ends by `fail`, as a further training may.
-    """
+    """A step that a run can do without: if it fails, print a line and note the reason in `failed`, and go on."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # SystemExit: of `fail`, by which a further training may end
         place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = (str(error).splitlines() or [""])[0]
-        failed[what] = f"{type(error).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})"
+        cause = error.__cause__ or error
+        reason = (str(cause).splitlines() or [""])[0]
+        failed[what] = f"{type(cause).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})"
         plt.close("all")
         print(f"warning: {what} is missing: {failed[what]}", file=sys.stderr, flush=True)
 
@@ -1755,7 +1753,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on standard error: status 2 for bad input, 1 for a run that failed."""
     if not rank_and_world()[0]:
         print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
+    raise SystemExit(status) from RuntimeError(message)
 
 
 def launch(main: Callable[[], None]) -> None:

@@ -355,8 +355,8 @@ def main(argv: list[str] | None = None) -> None:
             fitted = fit_flow_to_frozen_2a(model_a, args, splits, epochs, path)
             found = compare(model_a, fitted, model, test, terms["test"]) | {"prior_alone_epochs": epochs}
             metrics["against_2a"] = found
-        with attempt("experiments.png", failed):
-            plot_comparison(metrics["against_2a"], f"2b against 2a, {data.name}", out / "experiments.png")
+            with attempt("experiments.png", failed):
+                plot_comparison(found, f"2b against 2a, {data.name}", out / "experiments.png")
         with attempt("samples_2a_2b.png", failed), torch.no_grad():
             of_a, _ = model_a.sample(100, fixed_noise("samples"))
             of_b, _ = model.sample(100, fixed_noise("samples"))

@@ -8,35 +8,59 @@ import torch
 
 import core
 import q2b
-from conftest import image_args, refused, results
+from conftest import image_args, noise_file, refused, results
 
 
 def test_2b_takes_2as_model_of_the_same_arguments_only(smoke, capsys):
     path = smoke[0] / "q2a" / "checkpoint.pt"
     args = image_args("q2b", "--precision", results(smoke[0], "q2a")["args"]["precision"])
     splits = core.load_images(args).splits
-    q2b.make_2a(args, splits, path)  # control: is not refused, nor one to train on to more epochs
-    q2b.make_2a(argparse.Namespace(**{**vars(args), "epochs": 5, "resume": True}), splits, path)
+    q2b.make_2a(args, splits, path)  # control: is not refused
     capsys.readouterr()
     others = {k: x.flip(0) for k, x in splits.items()}
     for changes, data, culprit in (({"lr": 0.5}, splits, "--lr"), ({"seed": 3}, splits, "--seed"),
                                    ({"batch_size": 8}, splits, "--batch-size"), ({}, others, "the data"),
                                    ({"epochs": 5}, splits, "--epochs"), ({"latents": 2}, splits, "--latents"),
+                                   ({"epochs": 5, "resume": True}, splits, "--epochs"),
                                    ):  # fmt: skip
         changed = argparse.Namespace(**{**vars(args), **changes})  # refused before anything is trained
         refused(capsys, lambda changed=changed, data=data: q2b.make_2a(changed, data, path), culprit)
 
 
-def test_the_flow_that_is_fitted_to_2as_codes_changes_neither_encoder_nor_decoder(smoke):
+def test_the_flow_that_is_fitted_to_2as_codes_changes_neither_encoder_nor_decoder(smoke, tmp_path):
     args = argparse.Namespace(**{**results(smoke[0], "q2a")["args"], "resume": False, "lr": 0.01})
     splits = core.load_images(image_args("q2a")).splits
     a = core.ImageVAE(args.latents, core.StandardNormal)
     before = {k: v.clone() for k, v in a.state_dict().items()}
-    fitted = q2b.fit_flow_to_frozen_2a(a, args, splits, 1, None)
+    fitted = q2b.fit_flow_to_frozen_2a(a, args, splits, 1, tmp_path / "flow.pt")
     after = fitted.state_dict()
     assert all(torch.equal(after[k], v) and torch.equal(a.state_dict()[k], v) for k, v in before.items())
     assert fitted.prior.net[-1].weight.abs().max() > 0  # the flow has learnt
     assert all(p.requires_grad for p in a.parameters()) and isinstance(a.prior, core.StandardNormal)
+
+
+def test_a_comparison_that_fails_costs_only_itself_and_resume_fits_a_flow_to_each_2a(tmp_path, monkeypatch, undrawn):
+    flags = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--data", noise_file(tmp_path), "--compare"]
+
+    def diverges(*_):
+        core.fail("training diverged by step 3", status=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(q2b, "fit_flow_to_frozen_2a", diverges)
+        with pytest.raises(SystemExit) as stop:
+            q2b.main(flags)
+    run = tmp_path / "smoke" / "q2b"
+    assert stop.value.code == 1 and "the comparison with 2a" in results(tmp_path / "smoke", "q2b")["failed"]
+    assert "**Missing: the comparison with 2a.**" in (run / "report.md").read_text("utf-8")
+    q2b.main([*flags, "--resume"])
+    first = results(tmp_path / "smoke", "q2b")["against_2a"]["prior_alone"]
+    path = tmp_path / "smoke" / "q2a" / "checkpoint.pt"
+    other = torch.load(path, weights_only=True)
+    next(iter(other["progress"]["best_weights"].values())).mul_(2)  # as if from another training of 2a
+    torch.save(other, path)
+    q2b.main([*flags, "--resume"])
+    assert len(list((run / "progress").glob("flow_on_2a_*.pt"))) == 2
+    assert results(tmp_path / "smoke", "q2b")["against_2a"]["prior_alone"] != first
 
 
 def test_paired_differences_are_after_minus_before_on_the_same_images():
@@ -56,17 +80,21 @@ def test_neighbours_correlation_is_of_neighbours():
 
 
 def test_verdict_of_2b_follows_the_measurements():
-    def found(total, alone):
-        changes = {"neg_elbo": total, "prior_alone": alone, "rest": total - alone, "kl": total / 2, "recon": total / 2}
-        return {k: {"bpd": v, "se_bpd": 0.01} for k, v in changes.items()}
+    def said(total, alone, kl=-0.1):
+        changes = {"neg_elbo": total, "prior_alone": alone, "rest": total - alone, "kl": kl, "recon": total - kl}
+        return " ".join(q2b.verdict({k: {"bpd": v, "se_bpd": 0.01} for k, v in changes.items()}).split())
 
-    def said(total, alone):
-        return " ".join(q2b.verdict(found(total, alone)).split())
-
-    assert "lowers −ELBO" in said(-0.3, -0.1) and "the rest, -0.2000" in said(-0.3, -0.1)
-    assert "raises −ELBO" in said(0.3, 0.0) and "the rest" not in said(0.3, 0.0)
-    assert "does not measurably change −ELBO" in said(-0.01, 0.0) and "the rest" not in said(-0.01, 0.0)
-    assert "does not measurably change the KL" in said(-0.3, 0.0) and "lowers the KL" in said(-0.3, -0.1)
+    assert "lowers −ELBO" in said(-0.3, -0.1) and "The rest, -0.2000" in said(-0.3, -0.1)
+    assert "raises −ELBO" in said(0.3, 0.0) and "The rest" not in said(0.3, 0.0)
+    assert "does not measurably change −ELBO" in said(-0.01, 0.0) and "The rest" not in said(-0.01, 0.0)
+    assert "does not measurably change the KL:" in said(-0.3, 0.0) and "lowers the KL:" in said(-0.3, -0.1)
+    assert "saves at least 0.1000" in said(-0.3, -0.1) and "saves" not in said(-0.3, 0.1)
+    assert "It lowers the KL term (-0.1000 ± 0.0100) and lowers the decoder term (-0.2000 ± 0.0100)" in said(-0.3, 0)
+    assert ["Most of the gain is in the decoder term" in said(-0.3, -0.1, kl) for kl in (0.05, -0.05, -0.2)] == [
+        1,
+        1,
+        0,
+    ]
 
 
 def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference():
