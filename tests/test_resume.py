@@ -203,7 +203,9 @@ def test_on_a_full_disk_nothing_is_lost_and_the_run_can_go_on(small_disk, monkey
     assert stop.value.code == 1 and "No space left on device" in lines[-1] and str(folder) in lines[-1]
     assert any(line.startswith("warning: a new ") and "No space left on device" in line for line in lines[:-1])
     now = {path: path.read_bytes() for path in folder.rglob("*.*")}
-    assert now == before
+    assert now.keys() == before.keys()
+    for path, content in before.items():  # a table of curves may have grown within its last block
+        assert now[path].startswith(content) if path.suffix == ".csv" else now[path] == content
     (small_disk / "filler").unlink()
     q1a.main(flags)
     curves = results(folder, "")["curves"]

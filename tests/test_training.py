@@ -434,37 +434,24 @@ def columns_of(curves):
     return {"step": curves["step"], "epoch": curves["epoch"], **bounds}
 
 
-def test_the_table_of_curves_holds_all_rows_after_each_look_and_is_never_seen_half_written(tmp_path, monkeypatch):
-    table, write_curves, write_whole, looks, writes = (
-        tmp_path / "curves.csv",
-        core.write_curves,
-        core.write_whole,
-        [],
-        [],
-    )
+def test_the_table_of_curves_grows_by_a_row_at_each_look_and_can_be_followed(tmp_path, monkeypatch):
+    """As by `tail -f`, which keeps the file open that it found."""
+    table, look, followed, lines = tmp_path / "curves.csv", core.look, [], []
 
-    def contents():
-        return table.read_bytes() if table.exists() else None
+    def noting(now, *args):
+        lines.append(len(table.read_text().splitlines()) if table.exists() else 0)
+        if lines[-1] and not followed:
+            followed.append(os.open(table, os.O_RDONLY))
+        look(now, *args)
 
-    def looking(path, curves):
-        write_curves(path, curves)
-        assert table_of(table) == columns_of(curves)  # every digit
-        looks.append(contents())
-
-    def writing(path, write):
-        def watched(file):
-            write(file)
-            file.flush()
-            assert contents() == (looks[-1] if looks else None)  # all of the new one is written, beside the old one
-
-        write_whole(path, watched if path == table else write)
-        writes.append(path)
-
-    monkeypatch.setattr(core, "write_curves", looking)
-    monkeypatch.setattr(core, "write_whole", writing)
+    monkeypatch.setattr(core, "look", noting)
     curves = train(point_model(), point_splits(), path=tmp_path / "checkpoint.pt")  # 15 steps
-    assert len(curves["step"]) == len(looks) == writes.count(table) > 10
-    text = looks[-1].decode()
+    looks = len(curves["step"])
+    assert looks > 10 and lines == [0, *range(2, looks + 1)]  # the first line is the head
+    assert os.read(followed[0], 10**6).decode() == table.read_text()
+    os.close(followed[0])
+    assert table_of(table) == columns_of(curves)  # every digit
+    text = table.read_text()
     table.write_text(text[:-5] + str(int(text[-5] == "0")) + text[-4:])
     assert table_of(table) != columns_of(curves)  # control: one of the last digits
 
