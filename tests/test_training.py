@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 import json
 import math
 
