@@ -308,9 +308,9 @@ def test_every_row_of_the_table_is_trained_as_the_model_is_but_for_its_receptive
     asked = []
     monkeypatch.setattr(bonus, "fit", lambda model, splits, **options: asked.append((model, options)))
     given = dict(latents=2, lr=0.5, batch_size=3, seed=7, device="cpu", precision="bf16", kl_warmup=0.25, resume=False)
-    args = argparse.Namespace(**bonus.DEFAULTS | given)
+    args = argparse.Namespace(**bonus.DEFAULTS | given | {"table_epochs": 9})
     splits = {"test": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}
-    rows = bonus.compare_receptive_fields(args, splits, 9, tmp_path)
+    rows = bonus.compare_receptive_fields(args, splits, tmp_path)
     assert [(row["receptive_field"], row["epochs"]) for row in rows] == [(1, 9), (2, 9), (3, 9)]
     assert [model.decoder.first.kernel_size[0] for model, _ in asked] == [3, 5, 7]
     for _, options in asked:
@@ -322,8 +322,8 @@ def test_every_row_of_the_table_is_trained_as_the_model_is_but_for_its_receptive
 def test_the_tables_budget_is_a_fifth_of_the_epochs_rounded_up_unless_it_is_given(tmp_path, monkeypatch):
     asked = []
 
-    def table(args, splits, epochs, progress):
-        asked.append(epochs)
+    def table(args, splits, progress):
+        asked.append(args.table_epochs)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bonus, "fit", lambda *_, **__: {})

@@ -23,7 +23,7 @@ def test_two_processes_train_as_one(script, two_processes, tmp_path, undrawn, mo
     (folder, run), module, begun = two_processes, importlib.import_module(script), []
 
     def fit(model, splits, **options):
-        begun.append((copy.deepcopy(model), splits, options | {"path": None}))
+        begun.append((copy.deepcopy(model), splits, options | {"path": tmp_path / "control.pt"}))
         return core.fit(model, splits, **options)
 
     monkeypatch.setattr(module, "fit", fit)

@@ -301,7 +301,7 @@ def test_an_interrupted_runs_checkpoint_is_evaluated_and_called_unfinished(tmp_p
 def test_2b_report_compares_with_2a_on_the_same_images(smoke):
     report = (smoke[0] / "q2b" / "report.md").read_text("utf-8")
     assert "change against 2a" in report and "(experiments.png)" in report
-    assert smoke[1]["q2b"].count("going on from") == 1 and "2a  epoch" not in smoke[1]["q2b"]  # 2a had been trained
+    assert smoke[1]["q2b"].count("going on from") == 1 and "\n2a  epoch" not in smoke[1]["q2b"]  # 2a had been trained
     a, b = (results(smoke[0], script) for script in ("q2a", "q2b"))
     for key in core.CURVE_KEYS:  # both start at the same bound
         assert a["curves"]["test"][key][0] == pytest.approx(b["curves"]["test"][key][0], abs=1e-6)

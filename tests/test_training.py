@@ -2,9 +2,9 @@
 
 import csv
 import itertools
-import os
 import json
 import math
+import os
 
 import numpy as np
 import matplotlib.pyplot as plt
