@@ -62,14 +62,14 @@ POISON = {
 
 
 @pytest.mark.parametrize("poison", POISON)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["2b", "bonus"])  # 2a's networks and loss are 2b's
 def test_training_and_evaluation_survive_strange_images(name, poison):
     torch.manual_seed(0)
     splits = {k: POISON[poison](n) for k, n in (("train", 16), ("valid", 4), ("test", 4))}
     model = MODELS[name]()
     precision = core.choose_precision("auto", "cpu")
     curves = train(
-        model, splits, epochs=1, batch_size=4, lr=1e-3, muon_lr=0.02, schedule="trapezoid", precision=precision
+        model, splits, epochs=1, batch_size=8, lr=1e-3, muon_lr=0.02, schedule="trapezoid", precision=precision
     )
     assert curves["skipped_steps"] == 0 and torch.tensor(curves["test"]["neg_elbo_bpd"]).isfinite().all()
     assert all(p.isfinite().all() for p in model.parameters())
