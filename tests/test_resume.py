@@ -378,6 +378,7 @@ def obeys(work, number, within=2.0):
     child = os.fork()
     if not child:
         signal.alarm(60)
+        signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores SIGINT
         core.launch(lambda: os.write(begins, b"!") and work())
         os._exit(0)
     os.read(begun, 1)
