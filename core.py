@@ -1619,7 +1619,7 @@ def tiled(images: Tensor, columns: int) -> np.ndarray:
     return F.pad(x, (1, 0, 1, 0), value=255).permute(1, 2, 0).numpy()
 
 
-def straight_lines(ends: Tensor, steps: int = 10) -> Tensor:
+def straight_lines(ends: Tensor, steps: int) -> Tensor:
     """Between the codes of each pair of images, 0 and 1, 2 and 3, ...: [2 P, C, 8, 8] -> [P * steps, C, 8, 8]."""
     a, b = ends.unflatten(0, (-1, 1, 2)).unbind(2)  # each (P, 1, C, 8, 8)
     return torch.lerp(a, b, torch.linspace(0, 1, steps, device=ends.device)[:, None, None, None]).flatten(0, 1)

@@ -4,7 +4,8 @@
 
     -log P(image) <= E_u[KL(q(z|x) || p(z)) + E_q[-log p(x|z)]] + 3072 ln 128,  x = (levels + u) / 128 - 1, u ~ U[0, 1)
 
-The right side bounds the code length of the 8-bit image in nats; divided by 3072 ln 2 it is in bits/dim.
+The right side bounds the code length of the 8-bit image in nats; divided by 3072 ln 2 it is in bits/dim. In the reports
+3072 ln 128 is part of the decoder term. Each image has one u and one z, from which the KL is estimated too, as in 2b.
 
     python q2a.py --epochs 20                  ->  results/q2a/report.md, on SVHN (downloaded)
     python q2a.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
@@ -53,7 +54,7 @@ def report(metrics: dict[str, Any]) -> str:
 
 
 def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: int, failed: dict[str, str]) -> None:
-    """100 samples, interpolations between five pairs of test images, reconstructions; and --samples single images."""
+    """100 samples, interpolations of five pairs of test images, reconstructions; and --samples single images."""
     with attempt("samples.png", failed):
         x, mu = model.sample(100, fixed_noise("samples"))
         panels = {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": quantise(x)}
@@ -61,7 +62,7 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
     shown = evenly_spaced(test, 10)
     codes, _ = model.encoder(bin_centres(shown))  # the posterior's means
     with attempt("interpolations.png", failed):
-        means, _ = model.decoder(straight_lines(codes))
+        means, _ = model.decoder(straight_lines(codes, steps=10))  # both ends included
         panels = {"straight in z": between_ends(shown, quantise(means))}
         plot_images(panels, 12, f"{title}\ninterpolations, true test images at the ends", out / "interpolations.png")
     with attempt("reconstructions.png", failed):
@@ -85,9 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     splits = {name: x.to(args.device) for name, x in data.splits.items()}
     torch.manual_seed(args.seed)
     model = to_device(ImageVAE(args.latents, StandardNormal), args, trained)
-    prepare(out, args, len(splits["train"]))
+    prepare(out, args, len(splits["train"]))  # moves an earlier run's results aside, unless --resume
 
-    # 2. Training. Its checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
+    # 2. Training, with 21 looks at the first images of each split; the weights that were best on validation stay.
+    # The checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:
         curves = trained["curves"]
     else:
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             run={"script": "q2a", "args": settings(args)},
         )  # fmt: skip
 
-    # 3. Bounds, written before the figures are drawn.
+    # 3. Bounds on all of validation and test, and as many images of train. Written before the figures are drawn.
     metrics = describe_run("q2a", args, data.describe(), model) | {"curves": curves}
     metrics["finished"] = trained is None or trained["finished"]
     terms = evaluate_splits(model, splits)
@@ -106,10 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     write_metrics(out, args, metrics)
     print(f"test: -ELBO {metrics['final']['test']['neg_elbo_bpd']:.4f} bits/dim, on all images")
 
-    # 4. Figures and checks, each of which may fail without the others.
+    # 4. Figures and checks. One that fails is named in the report, and costs no other; the exit status is then 1.
     failed: dict[str, str] = {}
     if args.data == "synthetic":
-        with attempt("a bound above its floor", failed):
+        with attempt("a bound above its floor", failed):  # the floor is below the entropy: -log P(image | its scene)
             floor = synthetic_floor(splits, terms["test"].neg_elbo)
             metrics["floor"] = floor
             check_above(floor["excess_bpd"], floor["excess_se_bpd"])
@@ -122,9 +124,9 @@ def main(argv: list[str] | None = None) -> None:
             plot_curves(curves, name, out / "curves.png", metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, splits["test"], title, out, args.samples, failed)
-    with attempt("the error of one draw", failed):
+    with attempt("the error of one draw", failed):  # from a second draw for 1,000 images
         metrics["test_draw_se_bpd"] = error_of_one_draw(model, splits["test"], terms["test"].neg_elbo)
-    with attempt("the check of the prior", failed):
+    with attempt("the check of the prior", failed):  # against autograd's Jacobian: 0 up to rounding
         metrics["check_prior_nats"] = check_prior(model.prior)
     with attempt("codecs", failed):
         metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(splits["test"][:1000], codec) for codec in CODECS}

@@ -1,7 +1,7 @@
 """Question 2b: the VAE of 2a with an autoregressive flow as its prior, and nothing else different.
 
-    z = f(eps):  z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i,  eps ~ N(0, I),  i over the 8 x 8 positions in raster order
-                 with s and t from a shallow PixelCNN
+    z = f(eps):  z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i,  eps ~ N(0, I),  i over the 8 x 8 positions in raster order,
+                 z_i all channels of a position, s and t from a shallow PixelCNN
     log p(z) = log N(eps; 0, I) + log |det d eps / d z| = log N(eps; 0, I) - sum_i s_i
 
     -log P(image) <= E_u E_q[log q(z|x) - log p(z) - log p(x|z)] + 3072 ln 128,   x = (levels + u) / 128 - 1
@@ -106,7 +106,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
         "recon": paired(of_a.recon, of_b.recon),
         "prior_alone": paired(of_a.kl, of_fitted.kl),
         "rest": paired(of_fitted.neg_elbo, of_b.neg_elbo),
-        "kl_bits": {name: bits_per_dim(terms.kl.mean().item(), 1) for name, terms in named.items()},
+        "kl_bits": {name: bits_per_dim(terms.kl.mean().item(), 1) for name, terms in named.items()},  # per image
         "correlation": {
             "2a: z": neighbour_correlation(z_of_a),
             "2b: z": neighbour_correlation(z_of_b),
@@ -167,9 +167,9 @@ def verdict(found: dict[str, Any]) -> str:
 {shows(alone)} the KL: {amount(alone)}."""
     if shows(alone) == "lowers":
         text += f" So a better prior alone saves at least {-alone['bpd']:.4f}, as the flow may not be the best one."
-    if shows(total) == "lowers":
-        text += f""" The rest, {amount(found["rest"])}, is what training encoder
-and decoder together with the flow brings, at most."""
+    if shows(total) == shows(found["rest"]) == "lowers":
+        text += f""" The rest, {amount(found["rest"])}, is the most that training
+encoder and decoder together with the flow can have brought."""
     if shows(total) == "lowers" and abs(kl["bpd"]) < abs(total["bpd"]) / 4:
         text += " Most of the gain is in the decoder term: for about the same KL, 2b's z tells its decoder more."
     return text
@@ -192,8 +192,8 @@ def comparison_text(found: dict[str, Any]) -> str:
 |---|---|
 {table}
 
-Same data, arguments, batches and noise. ± one standard error over images, which the words above go by; seeds differ by
-more. 2a's own report: `q2a.py` with the same arguments and `--resume`.
+Same data, arguments, batches and noise. ± is one standard error over images; "lowers" and "raises" above ask for two.
+This is one seed: how seeds differ is not in it. 2a's own report: `q2a.py` with the same arguments and `--resume`.
 
 ![comparison](experiments.png)
 
@@ -261,9 +261,9 @@ def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: 
     shown = evenly_spaced(test, 10)
     codes, _ = model.encoder(bin_centres(shown))  # the posterior's means
     with attempt("interpolations.png", failed):
-        in_z, _ = model.decoder(straight_lines(codes))
+        in_z, _ = model.decoder(straight_lines(codes, steps=10))  # both ends included
         eps, _ = model.prior.z_to_eps(codes)
-        in_eps, _ = model.decoder(model.prior.eps_to_z(straight_lines(eps)))
+        in_eps, _ = model.decoder(model.prior.eps_to_z(straight_lines(eps, steps=10)))
         panels = {
             "straight in z": between_ends(shown, quantise(in_z)),
             "straight in ε, the flow's noise": between_ends(shown, quantise(in_eps)),
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
     path_2a = out.with_name("q2a") / "checkpoint.pt"
     model_a = make_2a(args, splits, path_2a) if args.compare else None
-    prepare(out, args, len(splits["train"]))
+    prepare(out, args, len(splits["train"]))  # moves an earlier run's results aside, unless --resume
 
     # 2. Training, with --compare first of 2a: from the start, or from its checkpoint on, which may be its end already.
     # Checkpoints are on disk before anything else is done; --evaluate takes an earlier one's.
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
         epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, muon_lr=args.muon_lr, schedule=args.schedule,
         kl_warmup=args.kl_warmup, seed=args.seed, precision=args.precision,
     )  # fmt: skip
-    alike = settings(args, but=("compare",))
+    alike = settings(args, but=("compare",))  # as q2a.py saves them: either script can go on with 2a
     if model_a:
         run = {"script": "q2a", "args": alike}
         fit(model_a, splits, **recipe, path=path_2a, run=run, resume=True, name="2a")
@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         run = {"script": "q2b", "args": alike}
         curves = fit(model, splits, **recipe, path=out / "checkpoint.pt", run=run, resume=args.resume)
 
-    # 3. Bounds, written before the figures are drawn.
+    # 3. Bounds on all of validation and test, and as many images of train. Written before the figures are drawn.
     metrics = describe_run("q2b", args, data.describe(), model) | {"curves": curves}
     metrics["finished"] = trained is None or trained["finished"]
     terms = evaluate_splits(model, splits)
@@ -323,10 +323,10 @@ def main(argv: list[str] | None = None) -> None:
     write_metrics(out, args, metrics)
     print(f"test: -ELBO {metrics['final']['test']['neg_elbo_bpd']:.4f} bits/dim, on all images")
 
-    # 4. Figures and checks, each of which may fail without the others.
+    # 4. Figures and checks. One that fails is named in the report, and costs no other; the exit status is then 1.
     failed: dict[str, str] = {}
     if args.data == "synthetic":
-        with attempt("a bound above its floor", failed):
+        with attempt("a bound above its floor", failed):  # the floor is below the entropy: -log P(image | its scene)
             floor = synthetic_floor(splits, terms["test"].neg_elbo)
             metrics["floor"] = floor
             check_above(floor["excess_bpd"], floor["excess_se_bpd"])
@@ -339,9 +339,9 @@ def main(argv: list[str] | None = None) -> None:
             plot_curves(curves, name, out / "curves.png", metrics.get("floor"))
     with torch.no_grad():
         draw_figures(model, test, title, out, args.samples, failed)
-    with attempt("the error of one draw", failed):
+    with attempt("the error of one draw", failed):  # from a second draw for 1,000 images
         metrics["test_draw_se_bpd"] = error_of_one_draw(model, splits["test"], terms["test"].neg_elbo)
-    with attempt("the check of the prior", failed):
+    with attempt("the check of the prior", failed):  # against autograd's Jacobian: 0 up to rounding
         metrics["check_prior_nats"] = check_prior(model.prior)
     with attempt("codecs", failed):
         metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     # 5. The experiments: 2a, 2a with a flow fitted to its codes, and 2b.
     if model_a:
         with attempt("the comparison with 2a", failed):
-            epochs = math.ceil(args.epochs / 3)
+            epochs = math.ceil(args.epochs / 3)  # a choice: a longer fit could lower the KL further
             weights = sha256_of(model_a.state_dict())  # with another 2a, --resume fits another flow
             path = out / "progress" / f"flow_on_2a_{weights[:8]}.pt"
             fitted = fit_flow_to_frozen_2a(model_a, args, splits, epochs, path)
