@@ -27,6 +27,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -55,7 +56,7 @@ if not IN_KERNEL:
 class Terms(NamedTuple):
     """The two terms of the negative ELBO, each [B], in nats: recon = -log p(data|z) and kl = log q(z|x) - log p(z).
 
-    For 8-bit images recon bounds -log P(levels|z): the dequantised density's term, 3072 ln 128 for the scale included.
+    In 2a and 2b recon is -log p(levels + u|z), with 3072 ln 128 for the scale; only recon + kl is a bound for levels.
     """
 
     recon: Tensor
@@ -242,7 +243,7 @@ class VAE(nn.Module):
     """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)) and p(z), a `Prior` that can be swapped.
 
     encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. Kingma & Welling 2014 (arXiv:1312.6114).
-    A subclass for other data replaces `to_x` and `log_p_x`; with another decoder, also `decode` and `sample`.
+    A subclass for other data replaces `to_x` and `log_p_x`; with another kind of decoder, `decode` too.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior):
@@ -311,7 +312,7 @@ class ImageVAE(VAE):
         return dequantise(levels, noise(torch.rand, tuple(levels.shape), levels.device, generator))
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
-        """The normal's log density at x, as a bound on the levels' log-probability (`density_to_levels`). [B], nats."""
+        """The normal's log density at x, taken to that of levels + u (`density_to_levels`). -> [B], nats."""
         return density_to_levels(super().log_p_x(x, z), x[0].numel())
 
 
@@ -540,8 +541,6 @@ def check_prior(prior: Prior) -> float:
     """
     prior = float64_copy(prior)
     eps = noise(torch.randn, (1, *prior.latent_shape), prior.zeros.device, fixed_noise("check")).to(prior.zeros)
-    if not eps.numel():
-        return 0.0
     z = prior.eps_to_z(eps)
     jacobian = torch.func.jacrev(lambda z: prior.z_to_eps(z)[0], chunk_size=256)(z).view(z.numel(), z.numel())
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(eps).sum() + torch.linalg.slogdet(jacobian)[1]
@@ -567,10 +566,10 @@ class Data(NamedTuple):
         return {"name": self.name, **{k: len(x) for k, x in self.splits.items()}, "sha256": sha256_of(self.splits)}
 
 
-def sha256_of(splits: dict[str, Tensor]) -> str:
-    """SHA-256 over the bytes of the splits, in their order."""
+def sha256_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the bytes of the tensors, in their order."""
     digest = hashlib.sha256()
-    for x in splits.values():
+    for x in tensors.values():
         digest.update(x.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -697,9 +696,10 @@ def read_folder(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
             with Image.open(file) as image:
                 if image.mode.startswith(("I", "F")):
                     raise ValueError("its levels have more than 8 bits")
-                sizes.add(image.size)
+                upright = ImageOps.exif_transpose(image)  # turned as the camera was
+                sizes.add(upright.size)
                 modes.add(image.mode)
-                x = np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((32, 32)))
+                x = np.asarray(upright.convert("RGB").resize((32, 32)))
         except Exception as error:  # Pillow's are many
             fail(f"--data {path}: {file.name} is no readable 8-bit image ({error}); convert or remove it")
         split = split_of(top) if below else ""
@@ -707,9 +707,9 @@ def read_folder(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     done = [f"a folder of {len(files):,} images"]
     if modes - {"RGB"}:
         done.append("all made RGB")
-    if sizes - {(32, 32)}:
-        w, h = max(sizes - {(32, 32)})
-        done.append(f"resized to 32 x 32 from {w} x {h}{' and other sizes' * (len(sizes) > 1)}")
+    if others := sizes - {(32, 32)}:
+        w, h = max(others)
+        done.append(f"resized to 32 x 32 from {w} x {h}{' and other sizes' * (len(others) > 1)}")
     return {name: np.stack(some) for name, some in images.items()}, done
 
 
@@ -1120,7 +1120,7 @@ def fit(
     """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
 
     lr and muon_lr: the schedule's peaks for Adam and for Muon (`make_optimisers`). kl_warmup: over this fraction of
-    training the KL's weight rises from 0 to 1. At 21 steps the first examples of every split are evaluated
+    training the KL's weight rises from 0 to 1. At up to 21 steps the first examples of every split are evaluated
     (`num_looked_at`, `steps_to_look`); the best weights are those with the lowest -ELBO on validation's. path: the
     checkpoint, written after each epoch and every minute. With resume, training goes on from it, on a CPU to the same
     bits: order and noise of a step are functions of the seed and the step alone. run: script and arguments, for the
@@ -1336,11 +1336,8 @@ def load_progress(path: Path, must_match: dict[str, Any], model: Any, optimisers
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """torch.save, in memory first, as on a full disk it raises errors of its own kinds.
-
-    Then a line says so, the checkpoint before stays, and the run goes on.
-    """
-    buffer = io.BytesIO()
+    """torch.save. On a full disk a line says so, the checkpoint before stays, and the run goes on."""
+    buffer = io.BytesIO()  # in memory first, as torch.save has errors of its own kinds for a full disk
     torch.save(contents, buffer)
     with attempt(f"a new {path} (the one before is kept)", {}):
         write_whole(path, lambda file: file.write(buffer.getbuffer()))
@@ -1351,7 +1348,7 @@ EVALUATION_ARGS = {"evaluate", "samples", "data", "data_root", "limit", "device"
 
 
 def load_trained(args: argparse.Namespace, script: str) -> dict[str, Any]:
-    """The checkpoint that --evaluate names: curves, weights (state), finished. Its arguments are put into args."""
+    """The checkpoint that --evaluate names: curves, weights (state), finished. Its arguments go into args; printed."""
     saved = read_checkpoint(Path(args.evaluate), ("args", "state", "curves", "finished"), script)
     vars(args).update({k: v for k, v in saved["args"].items() if k not in EVALUATION_ARGS})
     print_settings(script, args)
@@ -1396,11 +1393,12 @@ def attempt(what: str, failed: dict[str, str]) -> Iterator[None]:
     """A step that a run can do without: if it fails, print a line and note the reason in `failed`, and go on."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # SystemExit: of `fail`, by which a further training may end
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        cause = error.__cause__ or error
-        reason = (str(cause).splitlines() or [""])[0]
-        failed[what] = f"{type(cause).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})"
+        reason = (str(error).splitlines() or [""])[0]
+        failed[what] = f"{type(error).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})"
+        if isinstance(error, SystemExit):  # a further training that has ended by `fail`
+            failed[what] = str(error.__cause__)
         plt.close("all")
         print(f"warning: {what} is missing: {failed[what]}", file=sys.stderr, flush=True)
 
@@ -1511,7 +1509,9 @@ def write_report(out: Path, report: str, failed: dict[str, str], last: bool = Tr
     write_whole(out / "report.md", lambda file: file.write(f"{title}\n\n{missing}{rest}".encode()))
     print(f"wrote {out / 'report.md'}, its figures and metrics.json")
     if failed and last:
-        fail(f"missing: {', '.join(failed)}; once mended, the same command with --resume adds it without training", 1)
+        fail(
+            f"missing: {', '.join(failed)}; once mended, the same command with --resume adds it; no training is lost", 1
+        )
 
 
 def describe_run(script: str, args: argparse.Namespace, data: dict[str, Any], *models: nn.Module) -> dict[str, Any]:
@@ -1640,7 +1640,7 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
     """Single images, uint8 [N, 3, 32, 32], as PNG files 0000.png, 0001.png, ... from number `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        Image.fromarray(image).save(folder / f"{first + k:04d}.png")
+        write_whole(folder / f"{first + k:04d}.png", partial(Image.fromarray(image).save, format="PNG"))
 
 
 def bounds_text(metrics: dict[str, Any], colours_apart: bool) -> str:
@@ -1716,7 +1716,7 @@ def training_text(metrics: dict[str, Any]) -> str:
     seconds = f"{curves['seconds']:,.0f} s"
     if args["evaluate"]:
         earlier = "an earlier run" if metrics["finished"] else "a run that **was not finished**"
-        trained = f"by {earlier}, in {seconds}; all else here is measured on the data above"
+        trained = f"by {earlier}, in {seconds}; bounds and figures here are of the data above"
     else:
         trained = f"in {seconds} on {metrics['env']['device']}, {args['precision']} training steps"
     smoke = "**A --smoke run on tiny sizes: it tests the path, and its numbers tell nothing.**\n\n" * args["smoke"]
@@ -1750,7 +1750,7 @@ each other has its own report in a folder beside this one.
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on standard error: status 2 for bad input, 1 for a run that failed."""
+    """End the program, or the step within `attempt`, with one line: status 2 for bad input, 1 for a run that failed."""
     if not rank_and_world()[0]:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status) from RuntimeError(message)
@@ -1833,7 +1833,7 @@ class ImageParser(Parser):
         super().__init__(script)
         add = self.add_argument
         add("--data", help="svhn, synthetic, FILE.npz or a FOLDER of images; with --smoke, synthetic unless given")
-        add("--data-root", default="data", help="where data sets are downloaded or kept")
+        add("--data-root", default="data", help="where SVHN is, or is downloaded to")
         add("--limit", type=number(int, 20, 10**9), help="of training images; of validation and test a tenth as many")
         add("--latents", type=number(int, 1, 256), help="channels of z, 8 x 8 positions")
         add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for kernels; 0: Adam alone")
@@ -1853,7 +1853,7 @@ THREADS = torch.get_num_threads()  # as many as the machine has cores, or what O
 def parse_args(
     parser: Parser, argv: list[str] | None, defaults: dict[str, Any], smoke: dict[str, Any]
 ) -> tuple[argparse.Namespace, Path]:
-    """The command line -> (arguments, the folder for the results); prints the arguments, device and precision included.
+    """The command line -> (arguments, the folder for the results); prints them, but for --evaluate (`load_trained`).
 
     `smoke` holds the defaults of --smoke; a flag that is given wins over both. Errors: one line, exit status 2.
     """
@@ -1881,7 +1881,7 @@ def parse_args(
 
 
 def print_settings(script: str, args: argparse.Namespace) -> None:
-    """What runs, as a command line."""
+    """Print the script's name and its arguments, device and precision included."""
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings(args).items()), flush=True)
 
 

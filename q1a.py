@@ -246,6 +246,7 @@ def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
 
 
 def in_one_cell(values: list[float], digits: int = 3) -> str:
+    """Numbers, with commas between them."""
     return ", ".join(f"{v:.{digits}f}" for v in values)
 
 

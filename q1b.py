@@ -129,7 +129,7 @@ def log_weights(model: VAE, x: Tensor, draws: int) -> Tensor:
 
 
 def with_errors(name: str, groups: Tensor) -> dict[str, float]:
-    """The mean over N points of their estimates, and two standard errors. groups [G, N], nats -> bits/dim.
+    """The mean over N points of their estimates, with two kinds of standard error. groups [G, N], nats -> bits/dim.
 
     A point's estimate is the mean over G groups of draws. se is the error over points, in which the noise of the draws
     is contained; mc_se is of the draws alone: sqrt(sum_n s_n^2 / G) / N, with s_n^2 the variance of a point's groups.
@@ -181,7 +181,7 @@ def codes_against_prior(z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_at_codes(model: VAE, x: Tensor, labels: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
-    """Codes z ~ q(z|x) of the first 10,000 training points, [10000, 2], and what is measured of them.
+    """Codes z ~ q(z|x) of the first 10,000 training points, [N, 2], and what is measured of them.
 
     The KL of all codes together to the prior, bits/dim; in how many pieces each cluster lies (groups of 5 % and more of
     its codes, linked where closer than 0.3 prior stds); the decoder's median stds at these codes.
@@ -344,14 +344,14 @@ def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, pa
     save_figure(fig, path)
 
 
-def plot_both_curves(curves: dict[str, Any], floors: dict[str, float], final: dict[str, Any], path: Path) -> None:
-    """The curves of the two models. floors: {split: the true density on the curves' points, bits/dim}."""
+def plot_both_curves(curves: dict[str, Any], floors: dict[str, Any], final: dict[str, Any], path: Path) -> None:
+    """The curves of the two models. floors: {model: {split: the true density on the curve's points, bits/dim}}."""
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, layout="constrained")
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
         draw_curves(row, curve)
         for line in list(row[0].lines):  # of train, validation and test
-            row[0].axhline(floors[line.get_label()], color=line.get_color(), ls=":")
-        row[0].set_ylim(bottom=min(row[0].get_ylim()[0], min(floors.values()) - 0.01))
+            row[0].axhline(floors[name][line.get_label()], color=line.get_color(), ls=":")
+        row[0].set_ylim(bottom=min(row[0].get_ylim()[0], min(floors[name].values()) - 0.01))
         row[0].set_title(f"{name}: −ELBO, test {final[name]['test']['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     fig.suptitle("Dotted: −log p(x) of the true density, on the same points as the curve of that colour")
     save_figure(fig, path)
@@ -387,9 +387,11 @@ def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
         for f in final.values():
             check_above(f["test"]["excess_bpd"], f["test"]["excess_se_bpd"])
     with attempt("curves.png", failed):
-        few = curves["diagonal"]["examples"]  # points of each split that the curves show
-        curve_floors = {k: bits_per_dim(floor[:few].mean().item(), 2) for k, floor in floors.items()}
-        plot_both_curves(curves, curve_floors, final, out / "curves.png")
+        of_curves = {}
+        for name, curve in curves.items():
+            few = {split: floor[: curve["examples"]].mean().item() for split, floor in floors.items()}
+            of_curves[name] = {split: bits_per_dim(nats, 2) for split, nats in few.items()}
+        plot_both_curves(curves, of_curves, final, out / "curves.png")
     with attempt("samples.png", failed), torch.no_grad():
         samples = {name: model.sample(5000, fixed_noise("samples")) for name, model in models.items()}
         plot_samples(samples, data.splits["test"], final, out / "samples.png")

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     model = to_device(ImageVAE(args.latents, StandardNormal), args, trained)
     prepare(out, args, len(splits["train"]))  # moves an earlier run's results aside, unless --resume
 
-    # 2. Training, with 21 looks at the first images of each split; the weights that were best on validation stay.
+    # 2. Training, with up to 21 looks at the first images of each split; the weights that were best on validation stay.
     # The checkpoint is on disk before anything else is done; --evaluate takes an earlier one's.
     if trained:
         curves = trained["curves"]

@@ -53,7 +53,8 @@ def make_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> 
         theirs = saved["must_match"] | {"--epochs": saved["args"]["epochs"]}
         ours = what_must_match({"args": settings(args, but=("compare",))}, model, splits) | {"--epochs": args.epochs}
         if differing := differences(theirs, ours):
-            fail(f"--compare: {path} is of another {', '.join(differing)}; move it away or choose another --out")
+            hint = "move it away, choose another --out, or train it on (q2a.py --resume) if it has fewer epochs"
+            fail(f"--compare: {path} is of another {', '.join(differing)}; {hint}")
     return model
 
 
@@ -193,7 +194,7 @@ def comparison_text(found: dict[str, Any]) -> str:
 {table}
 
 Same data, arguments, batches and noise. ± is one standard error over images; "lowers" and "raises" above ask for two.
-This is one seed: how seeds differ is not in it. 2a's own report: `q2a.py` with the same arguments and `--resume`.
+This is one seed: how seeds differ is not in it. 2a's own report: `q2a.py` with `--resume` and the same arguments.
 
 ![comparison](experiments.png)
 

@@ -34,16 +34,12 @@ def test_settings_that_ask_for_what_is_not_there_do_no_harm(smoke):
 
 
 def test_control_a_plain_matplotlib_fails_with_these_settings(tmp_path):
-    """By its backend, and, where there is no LaTeX, by its fonts. With core imported first, a figure is drawn."""
+    """By its backend, and, where there is no LaTeX, by its fonts."""
     draw = "import matplotlib.pyplot as plt; plt.figure().text(0, 0, 'x'); plt.savefig('x.png'); print('drawn')"
     environment = nowhere(tmp_path)
     assert "no_such_backend" in run("-c", draw, folder=tmp_path, **environment).stderr
     done = run("-c", draw, folder=tmp_path, **environment | {"MPLBACKEND": "agg"})
     assert done.returncode or shutil.which("latex")
-
-
-def test_core_sets_the_backend():
-    assert os.environ["MPLBACKEND"] == "agg"
 
 
 def ascii_log(monkeypatch):

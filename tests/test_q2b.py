@@ -1,4 +1,4 @@
-"""2b against 2a: which 2a it takes, the flow alone, paired differences, correlations, and the verdict."""
+"""2b against 2a: which 2a it takes, 2a with a flow, paired differences, correlations, and the verdict."""
 
 import argparse
 import math
@@ -51,9 +51,8 @@ def test_a_comparison_that_fails_costs_only_itself_and_each_2a_has_a_flow_of_its
     for more in ([], ["--resume"]):
         with pytest.raises(SystemExit) as stop:
             q2b.main([*flags, *more])
-        assert (
-            stop.value.code == 1 and "training diverged" in results(folder, "q2b")["failed"]["the comparison with 2a"]
-        )
+        assert stop.value.code == 1
+        assert results(folder, "q2b")["failed"] == {"the comparison with 2a": "training diverged by step 3"}
         assert "**Missing: the comparison with 2a.**" in (folder / "q2b" / "report.md").read_text("utf-8")
         other = torch.load(folder / "q2a" / "checkpoint.pt", weights_only=True)
         next(iter(other["progress"]["best_weights"].values())).mul_(2)  # as if from another training of 2a
@@ -88,11 +87,8 @@ def test_verdict_of_2b_follows_the_measurements():
     assert "does not measurably change the KL:" in said(-0.3, 0.0) and "lowers the KL:" in said(-0.3, -0.1)
     assert "saves at least 0.1000" in said(-0.3, -0.1) and "saves" not in said(-0.3, 0.1)
     assert "It lowers the KL term (-0.1000 ± 0.0100) and lowers the decoder term (-0.2000 ± 0.0100)" in said(-0.3, 0)
-    assert ["Most of the gain is in the decoder term" in said(-0.3, -0.1, kl) for kl in (0.05, -0.05, -0.2)] == [
-        1,
-        1,
-        0,
-    ]
+    most = "Most of the gain is in the decoder term"
+    assert most in said(-0.3, -0.1, 0.05) and most in said(-0.3, -0.1, -0.05) and most not in said(-0.3, -0.1, -0.2)
 
 
 def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference():

@@ -377,11 +377,15 @@ def obeys(work, number, within=2.0):
     begun, begins = os.pipe()
     child = os.fork()
     if not child:
-        signal.alarm(60)
-        signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores SIGINT
-        core.launch(lambda: os.write(begins, b"!") and work())
-        os._exit(0)
+        try:
+            signal.alarm(60)
+            signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores SIGINT
+            core.launch(lambda: os.write(begins, b"!") and work())
+        finally:
+            os._exit(0)
+    os.close(begins)
     os.read(begun, 1)
+    os.close(begun)
     time.sleep(0.3)
     os.kill(child, number)
     _, status, usage = os.wait4(child, 0)

@@ -237,7 +237,7 @@ def levels_of_noise(model, z, *key, same=False):
 def test_evaluate_gives_the_trained_models_bound_on_any_file_and_trains_nothing(
     smoke, script, tmp_path, unsaved, monkeypatch
 ):
-    """From the one split that is needed; the whole path, with single samples."""
+    """From the one split that is needed; the whole path, with single samples (the bonus's are noise here)."""
     if script == "bonus":  # its pixels, drawn one after the other, take long, and nobody looks at these
         monkeypatch.setattr(bonus.LossyVAE, "draw_levels", levels_of_noise)
     module, checkpoint = importlib.import_module(script), smoke[0] / script / "checkpoint.pt"
@@ -345,7 +345,7 @@ def test_bonus_compares_with_the_same_pixelcnn_without_a_code(smoke):
 # ------------------------------------------------------------------------------------- devices, precision, notebooks
 
 
-def test_products_are_fp32_whatever_the_environment_asks_for():
+def test_choosing_a_device_makes_products_fp32():
     """As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE does, which sets torch to TF32; choosing a device takes it back."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True

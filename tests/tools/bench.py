@@ -193,9 +193,8 @@ def seconds_to_bound(recipe, splits, seed, args, until=-float("inf")):
     recipe = {k: q2b.DEFAULTS[k] for k in ("batch_size", "lr", "muon_lr", "schedule")} | recipe
     torch.manual_seed(seed)
     model = core.to_device(MODELS["q2b"](), args)
-    look, steps_to_look, save_checkpoint, write_curves = (
-        core.look, core.steps_to_look, core.save_checkpoint, core.write_curves
-    )  # fmt: skip
+    look, steps_to_look = core.look, core.steps_to_look
+    save_checkpoint, write_curves = core.save_checkpoint, core.write_curves
     looking, training, last = 0.0, 0.0, float("inf")
 
     def noting(now, *rest):
@@ -212,8 +211,9 @@ def seconds_to_bound(recipe, splits, seed, args, until=-float("inf")):
     core.save_checkpoint, core.write_curves = (lambda *_: None), (lambda *_: None)
     start = time.perf_counter()
     try:
-        run = {"path": Path(tempfile.gettempdir()) / "checkpoint.pt", "run": {}, "name": "bench"}
-        core.fit(model, splits, epochs=args.epochs, seed=seed, precision=args.precision, **run, **recipe)
+        with tempfile.TemporaryDirectory() as folder:
+            files = {"path": Path(folder) / "checkpoint.pt", "run": {}, "name": "bench"}
+            core.fit(model, splits, epochs=args.epochs, seed=seed, precision=args.precision, **files, **recipe)
     except Reached:
         pass
     finally:

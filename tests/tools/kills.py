@@ -23,7 +23,8 @@ import torch
 KILLS = int(os.environ.get("KILLS", 20))
 FEW = ["--limit", "20", "--batch-size", "10"]
 SIZES = {  # epochs, and arguments that keep a run short
-    "bonus": (2, [*FEW, "--table-epochs", "0", "--receptive-field", "1"]), "q2b": (2, [*FEW, "--compare"]),
+    "bonus": (2, [*FEW, "--table-epochs", str(int(KILLS >= 100)), "--receptive-field", "1"]),
+    "q2b": (2, [*FEW, "--compare"]),
     "q1b": (2, ["--batch-size", "600"]), "q2a": (2, FEW), "q1a": (2, ["--batch-size", "600"]),
 }  # fmt: skip
 # The server of new processes imports what they need once, and computes nothing itself.
@@ -34,7 +35,7 @@ CONTEXT.set_forkserver_preload(["core", *SIZES])
 def run_script(script, out, more, keep_seconds, log, draw):
     """The script's main in this process, checkpoints every keep_seconds, what it prints in the file log.
 
-    Without `draw`, figures are not drawn and few samples made for them, a table and a curve are shorter, and the prior
+    Without `draw`, figures are not drawn and few samples made for them, a curve is shorter, and the prior
     is not checked: weights and all other metrics, which are compared, depend on none of them.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -46,7 +47,7 @@ def run_script(script, out, more, keep_seconds, log, draw):
         module.plot_images = module.plot_curves = lambda *_, **__: None
         module.plot_samples = module.plot_evidence = module.plot_all_curves = lambda *_: None  # of q1a
         module.check_prior = lambda prior: 0.0
-        module.RECEPTIVE_FIELDS, module.IWAE_K, module.DRAWS_PER_POINT = (1,), (1, 100), 1000  # of bonus, of q1b
+        module.IWAE_K, module.DRAWS_PER_POINT = (1, 100), 1000  # of q1b
     epochs, sizes = SIZES[script]
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         flags = ["--smoke", "--device", "cpu", "--out", out, "--epochs", str(epochs), *sizes, *more]
@@ -54,7 +55,9 @@ def run_script(script, out, more, keep_seconds, log, draw):
 
 
 def start(script, out, *more, keep_seconds=0.0, draw=KILLS >= 100):
-    process = CONTEXT.Process(target=run_script, args=(script, str(out), more, keep_seconds, f"{out}.log", draw))
+    process = CONTEXT.Process(
+        target=run_script, args=(script, str(out), more, keep_seconds, f"{out}.log", draw), daemon=True
+    )
     process.start()
     return process
 
@@ -86,10 +89,8 @@ def assert_same(found, expected):
 
 def kill_and_resume(script, folder):
     """The script's share of KILLS at random moments, each followed by --resume; the number of kills."""
-    whole, of_images = (
-        folder / "whole",
-        [] if script in ("q1a", "q1b") else ["--data", str(folder.parent / "noise.npz")],
-    )
+    whole = folder / "whole"
+    of_images = [] if script in ("q1a", "q1b") else ["--data", str(folder.parent / "noise.npz")]
     begin = time.monotonic()
     process = start(script, whole, *of_images, keep_seconds=1e9)
     process.join()
@@ -113,6 +114,7 @@ def kill_and_resume(script, folder):
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a run that it has started ends with it
     kills = 0
     for script in SIZES:
         folder = Path(sys.argv[1], script)
