@@ -1656,13 +1656,14 @@ def bounds_text(metrics: dict[str, Any], colours_apart: bool) -> str:
     if bound > 8:
         why = " A uniform guess costs 8: this model has learned too little to be of use."
     elif cheaper and colours_apart:
-        why = f""" The model is above {cheaper}: codecs predict
+        why = f""" The model is worse than {cheaper}: codecs predict
 a pixel from its neighbours, WebP also one colour from another. This decoder, once it has z, codes every pixel and every
 colour apart: what neighbours share has to be in z, or is paid for again at each pixel."""
     rows = "\n".join(
         f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
         for name, f in final.items()
     )
+    few = f"the first {curves['examples']:,} images" if "examples" in curves else "the first images"
     verdict = " **CHECK FAILED: trust no KL here.**" if gap > 1e-6 else ""
     return f"""**A test image costs at most {bound:.3f} bits/dim, on average.** Lossless files of the first test images
 (1,000 at most), headers and all, in bits/dim: {listed or "missing"}.{why}
@@ -1672,13 +1673,14 @@ colour apart: what neighbours share has to be in z, or is paid for again at each
 {rows}
 
 Upper bounds on the mean code length of the 8-bit images, in fp32 on fixed noise; −ELBO is the sum of the two terms.
-± is one standard error over images; it contains that of the noise, which is drawn once per image and alone would be
-{metrics.get("test_draw_se_bpd", math.nan):.4f} on test. Train stands for its first images, as many as validation has.
-log p(z) differs by {gap:.1g} nats from what its own sample and autograd's Jacobian say.{verdict}
+± is one standard error over images. The part of it that is due to the noise, drawn once per image, is
+{metrics.get("test_draw_se_bpd", math.nan):.4f} on test. "train": its first images, as many as validation has.
+Check of the prior (0 up to rounding): at a z that it draws, log p(z) differs by {gap:.1g} nats from what autograd's
+Jacobian gives.{verdict}
 
 ![curves](curves.png)
 
-The curves show the training of these weights, on fewer images of each split of its own data. The weights kept are
+The curves show the training of these weights, on {few} of each split of its own data. The weights kept are
 those of epoch {curves["best_epoch"]:g}, the best on validation. Training steps that were skipped, as loss or gradients
 were not finite: {curves["skipped_steps"]}.
 {floor_text(metrics.get("floor"), colours_apart)}"""
@@ -1699,13 +1701,13 @@ price of coding the colours apart, even with a perfect code (unless the code car
 
 | on the first {floor["images"]:,} test images | bits/dim |
 |---|---|
-| the camera's noise: −log P(image given its scene) | {known:.4f} ± {floor["scene_known_se_bpd"]:.4f} |
+| entropy, at least: −log P(image given its scene) | {known:.4f} ± {floor["scene_known_se_bpd"]:.4f} |
 | entropy, at most: the scene paid for too | {known + SCENE_COST_BPD:.4f} |
 | scene known, but each pixel's three colours coded apart | {apart:.4f} |
 | this model's −ELBO | {known + floor["excess_bpd"]:.4f} |
 
-No model can go below the noise. This model pays {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} more
-than it (paired by image). {colours} What remains is the code's price, what it misses, and training that could go on.
+No model's mean is below the first row. This model's is {floor["excess_bpd"]:.4f} ± {floor["excess_se_bpd"]:.4f} above
+it (paired by image). {colours} The rest: the code's price, what the code leaves out, training that could go on.
 """
 
 

@@ -186,7 +186,7 @@ def comparison_text(found: dict[str, Any]) -> str:
     kl, correlation = found["kl_bits"], found["correlation"]
     by_position = found["kl_per_position_bits"]["2b"]
     before, after = (np.mean(list(correlation[name].values())) for name in ("2b: z", "2b: ε"))
-    removes = "removes part of" if after < 0.9 * before else "does not remove"
+    removes = f"removes {1 - after / before:.0%} of" if after < 0.9 * before else "does not remove"
     return f"""{verdict(found)}
 
 | test, paired by image | change against 2a, bits/dim |
@@ -194,7 +194,7 @@ def comparison_text(found: dict[str, Any]) -> str:
 {table}
 
 Same data, arguments, batches and noise. ± is one standard error over images; "lowers" and "raises" above ask for two.
-This is one seed: how seeds differ is not in it. 2a's own report: `q2a.py` with `--resume` and the same arguments.
+This is one seed: how seeds differ is not in it. 2a's own report comes from `q2a.py --resume` with the same arguments.
 
 ![comparison](experiments.png)
 
@@ -208,7 +208,7 @@ but a distance between codes and prior. 2b's z tells at most {kl["2b"]:,.0f} bit
 mean of absolute values); of ε, after the flow, by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}).
 The flow {removes} this correlation. The maps show what each position costs: in 2b the first one, which the flow cannot
 predict, {by_position[0][0]:.1f} bits, an average one {np.mean(by_position):.1f}. The samples below are decoded from the
-same noise ε: 2a takes it for z, 2b's flow first gives it the correlations of its codes.
+same noise ε: it is 2a's z as it is; 2b's flow first gives it the correlations of its codes.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)
 """

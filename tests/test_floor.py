@@ -241,7 +241,7 @@ def test_only_decoders_that_code_colours_apart_are_said_to_pay_for_it():
              "excess_bpd": 1.5, "excess_se_bpd": 0.2}  # fmt: skip
     apart, together = (core.floor_text(floor, colours_apart=apart) for apart in (True, False))
     assert "Of this, 0.90" in apart and "Of this" not in together and "at least 0.90 more" in together
-    assert all("pays 1.5000 ± 0.2000 more" in text and "| 3.5000 |" in text for text in (apart, together))
+    assert all("is 1.5000 ± 0.2000 above" in text and "| 3.5000 |" in text for text in (apart, together))
     assert core.floor_text(None, colours_apart=True) == ""
 
 
