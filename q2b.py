@@ -92,7 +92,7 @@ def paired(before: Tensor, after: Tensor) -> dict[str, float]:
 def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Terms) -> dict[str, Any]:
     """What the flow changes on test, paired by image, and what it does to z.
 
-    a: 2a; fitted: the flow alone; b: 2b, with its terms on test.
+    a: 2a; fitted: 2a with a flow fitted to its codes; b: 2b, with its terms on test.
     """
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
     named = {"2a": of_a, "2a_fitted_flow": of_fitted, "2b": of_b}
