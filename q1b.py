@@ -4,30 +4,21 @@ Two VAEs with 2-D z ~ N(0, I): decoder N(mu(z), diag sigma(z)^2) (diagonal) and 
 
     ELBO = E[log w]  <=  IWAE-K = E[log (1/K) sum_k w_k]  <=  log p(x),    w_k = p(x, z_k) / q(z_k|x),  z_k ~ q(z|x)
 
-    python q1b.py             ->  results/q1b/report.md
-    python q1b.py --seeds 20  ->  the same, with mean and standard deviation over twenty seeds
+    python q1b.py  ->  results/q1b/report.md
 """
 
-import argparse
 import copy
 import math
-import time
 from pathlib import Path
 from typing import Any
-
-from core import (  # before torch, whose import reads what core has set
-    SPLITS, VAE, GaussianMLP, Parser, StandardNormal, attempt, bits_per_dim, check_above, describe_run,
-    draw_curves, evaluate_points, fit, fixed_noise, gives_folders_back, in_bits, iwae, launch, noise, number,
-    parse_args, pasted_into_cell, prepare, save_checkpoint, save_figure, seeds_table, settings, split_points,
-    standard_error, write_metrics, write_report,
-)  # fmt: skip
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+
+import core
+from core import VAE, GaussianMLP, StandardNormal, bits_per_dim, iwae
 
 CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc (2 cos t, -sin t), t in [0, pi]
 STD = 0.2
@@ -69,24 +60,19 @@ def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
     return torch.cat(chunks)
 
 
-def short_run(splits: dict[str, Tensor], args: argparse.Namespace, path: Path) -> VAE:
-    """A model with an isotropic decoder, trained for a fifth of --epochs: where both models start.
+def start_model() -> VAE:
+    """A model with an isotropic decoder, for a short run: where both models start.
 
     What its first epochs do with the clusters stays: a cluster that they tear apart is never mended, and a diagonal
-    decoder often lumps two together. The KL's weight rises from 0, so that the code is used before it is charged for.
-    And the decoder's first weights from z2 start at 0, so that z1 is used first: the clusters come to lie side by side
-    along z1. That suits q(z|x), in which z1 and z2 are independent. At a border between two clusters that is a line of
-    constant z1, the true posterior is nearly so too; at a slanted border, or where three clusters meet, it is not.
+    decoder often lumps two together. So in the short run the KL's weight rises from 0: the code is used before it is
+    charged for. And the decoder's first weights from z2 start at 0, so that z1 is used first: the clusters come to lie
+    side by side along z1. That suits q(z|x), in which z1 and z2 are independent. At a border between two clusters that
+    is a line of constant z1, the true posterior is nearly so too; at a slanted border, or where three clusters meet, it
+    is not.
     """
-    torch.manual_seed(args.seed)
     model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
     with torch.no_grad():
         model.decoder.get_parameter("net.0.weight")[:, 1] = 0
-    fit(
-        model.to(args.device), splits, epochs=max(1, args.epochs // 5), batch_size=args.batch_size, lr=args.lr,
-        muon_lr=SHORT_MUON_LR, kl_warmup=SHORT_KL_WARMUP, seed=args.seed, path=path, resume=args.resume,
-        run={"args": settings(args)}, name="short run",
-    )  # fmt: skip
     return model
 
 
@@ -102,14 +88,14 @@ def with_decoder(model: VAE, num_log_stds: int) -> VAE:
 
 def bounds_of_points(model: VAE, x: Tensor, floor: Tensor) -> dict[str, float]:
     """The bounds of points x [N, 2], and -ELBO - floor, in bits/dim. floor [N]: -log p(x) of the true density, nats."""
-    terms, of_draws = evaluate_points(model, x)
+    terms, of_draws = core.evaluate_points(model, x)
     excess = bits_per_dim(terms.neg_elbo - floor, 2)
     return {
-        **in_bits(terms, 2),
+        **core.in_bits(terms, 2),
         "neg_elbo_mc_se_bpd": bits_per_dim(of_draws, 2),
         "floor_bpd": bits_per_dim(floor.mean().item(), 2),
         "excess_bpd": excess.mean().item(),
-        "excess_se_bpd": standard_error(excess),
+        "excess_se_bpd": core.standard_error(excess),
     }
 
 
@@ -120,7 +106,7 @@ def log_weights(model: VAE, x: Tensor, draws: int) -> Tensor:
     mu, log_std = model.encoder(x)
     rows = []
     for k in range(draws // 1000):
-        eps = noise(torch.randn, (1000, len(x), 2), x.device, fixed_noise("log w", k))
+        eps = core.noise(torch.randn, (1000, len(x), 2), x.device, core.fixed_noise("log w", k))
         z = (mu + torch.exp(log_std) * eps).flatten(0, 1)
         log_p = (model.log_p_x(x.repeat(1000, 1), z) + model.prior.log_prob(z)).view(1000, -1)
         log_q = (-0.5 * eps**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(2)  # as (z - mu) / std = eps
@@ -137,7 +123,7 @@ def with_errors(name: str, groups: Tensor) -> dict[str, float]:
     bits = bits_per_dim(groups, 2)
     of_draws = (bits.var(0).sum() / len(bits)).sqrt().item() / bits.shape[1]
     mean = bits.mean().item()
-    return {f"{name}_bpd": mean, f"{name}_se_bpd": standard_error(bits.mean(0)), f"{name}_mc_se_bpd": of_draws}
+    return {f"{name}_bpd": mean, f"{name}_se_bpd": core.standard_error(bits.mean(0)), f"{name}_mc_se_bpd": of_draws}
 
 
 def compare_bounds(model: VAE, x: Tensor) -> dict[str, Any]:
@@ -180,24 +166,17 @@ def codes_against_prior(z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def look_at_codes(model: VAE, x: Tensor, labels: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+def look_at_codes(model: VAE, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Codes z ~ q(z|x) of the first 10,000 training points, [N, 2], and what is measured of them.
 
-    The KL of all codes together to the prior, bits/dim; in how many pieces each cluster lies (groups of 5 % and more of
-    its codes, linked where closer than 0.3 prior stds); the decoder's median stds at these codes.
+    The KL of all codes together to the prior, bits/dim; the decoder's median stds at these codes.
     """
-    z, mu, log_std = model.posterior(x, fixed_noise("codes"))
+    z, mu, log_std = model.posterior(x, core.fixed_noise("codes"))
     distance = bits_per_dim(codes_against_prior(z[:2000], mu, log_std), 2)
     z = z[:10_000]
-    pieces = []
-    for label in range(3):
-        codes = z.cpu()[labels[: len(z)] == label][:2000]
-        groups = connected_components(csr_matrix((torch.cdist(codes, codes) < 0.3).numpy()))[1]
-        pieces.append(int((np.bincount(groups) >= 0.05 * len(codes)).sum()))
     return z, {
         "marginal_kl_bpd": distance.mean().item(),
-        "marginal_kl_se_bpd": standard_error(distance),
-        "pieces_of_clusters": pieces,
+        "marginal_kl_se_bpd": core.standard_error(distance),
         "decoder_median_stds": model.decoder(z)[1].exp().median(0).values.tolist(),
     }
 
@@ -206,7 +185,7 @@ def report(metrics: dict[str, Any]) -> str:
     """The deliverables in the handout's order, every number from metrics."""
     final, data, curves = metrics["final"], metrics["data"], metrics["curves"].values()
     diagonal, isotropic = final["diagonal"], final["isotropic"]
-    rows = [(name, split, final[name][split]) for name in final for split in SPLITS]
+    rows = [(name, split, final[name][split]) for name in final for split in core.SPLITS]
     bounds = "\n".join(
         f"| {name} | {split} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} "
         f"| {f['recon_bpd']:.4f} | {f['floor_bpd']:.4f} | {f['excess_bpd']:+.4f} ± {f['excess_se_bpd']:.4f} |"
@@ -219,8 +198,6 @@ def report(metrics: dict[str, Any]) -> str:
         f"| {f['neg_iwae100_minus_floor_bpd']:+.4f} ± {f['neg_iwae100_minus_floor_se_bpd']:.4f} |"
         for name, f in first.items()
     )
-    torn = [f"{c} in {n} ({name})" for name, f in final.items() for c, n in enumerate(f["pieces_of_clusters"]) if n > 1]
-    verdict = f"Torn into pieces: cluster {', '.join(torn)}." if torn else "No cluster is torn apart."
     return f"""# 1B: three clusters in the plane
 
 Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
@@ -239,13 +216,11 @@ All numbers are bits per dimension, ± one standard error over points.
 ![curves](curves.png)
 
 The floor is −log p(x) of the density that made the data, by quadrature along the arc, on the same points. The KL is in
-closed form, the decoder term the mean over 64 draws of z per point. Each ± contains the noise of these draws, whose own
-standard error is {max(f["test"]["neg_elbo_mc_se_bpd"] for f in final.values()):.4f} at most on test. Train stands for
-its first points, as many as test has. Both models start, at step 0 of the curves, from a short run with an isotropic
-decoder. In it the KL's weight rose from 0 to 1, and the decoder's weights from z₂ began at 0, so that z₁ was used
-first. The weights kept are those of the best look on validation. Curves show one draw of z for each of the first points
-of a split. Training steps that were skipped, as loss or gradients were not finite:
-{sum(curve["skipped_steps"] for curve in curves)}.
+closed form, the decoder term the mean over 64 draws of z per point. The ± includes the error of the draws (at most
+{max(f["test"]["neg_elbo_mc_se_bpd"] for f in final.values()):.4f} on test). Train stands for its first points, as many
+as test has. Both models start, at step 0 of the curves, from a short run with an isotropic decoder. In it the KL's
+weight rose from 0 to 1, and the decoder's weights from z₂ began at 0, so that z₁ was used first. The weights kept are
+the best on validation. Curves show one draw of z for each of the first points of a split.
 
 ## 2. Samples
 
@@ -253,21 +228,18 @@ of a split. Training steps that were skipped, as loss or gradients were not fini
 
 ## 3. Latents of training data
 
-**{verdict}** The KL of all codes together, q(z), to the prior is
-{diagonal["marginal_kl_bpd"]:.4f} ± {diagonal["marginal_kl_se_bpd"]:.4f} (diagonal) and
-{isotropic["marginal_kl_bpd"]:.4f} ± {isotropic["marginal_kl_se_bpd"]:.4f} (isotropic) bits/dim.
+**The distribution of all codes, q(z), is {diagonal["marginal_kl_bpd"]:.4f} ± {diagonal["marginal_kl_se_bpd"]:.4f}
+(diagonal) and {isotropic["marginal_kl_bpd"]:.4f} ± {isotropic["marginal_kl_se_bpd"]:.4f} (isotropic) bits/dim from the
+prior (KL).** It is part of the KL term: a continuous map of one Gaussian onto three separate clusters has to cross the
+gaps between them, so that a part of the prior is no point's code. (From 2,000 codes, with all training posteriors in
+the mixture.)
 
 ![latents](latents.png)
 
 Each point is one z ~ q(z|x) of a training point, coloured by its label; the circles are 1, 2 and 3 prior stds. The
 diagonal decoder's median stds are {" for x₁ and ".join(f"{v:.3f}" for v in diagonal["decoder_median_stds"])} for x₂,
-the isotropic one's {isotropic["decoder_median_stds"][0]:.3f} for both. The clusters' own noise has std {STD}: where the
-decoder's noise is less, the code carries the rest, and costs a larger KL (section 1).
-
-The distance of q(z) from the prior is part of the KL term: a continuous map of one Gaussian onto three separate
-clusters has to cross the gaps between them, so that a part of the prior is no point's code. (Codes closer than 0.3 are
-linked; a piece is a linked group of at least 5 % of a cluster's codes. KL from 2,000 codes, with all training
-posteriors in the mixture.)
+the isotropic one's {isotropic["decoder_median_stds"][0]:.3f} for both. The clusters' own noise has std {STD}. Where the
+decoder's std is below that, z must encode the cluster's spread, and costs a larger KL (section 1).
 
 ## 4. The first 100 test points: IWAE with 100 samples against the ELBO
 
@@ -279,27 +251,15 @@ posteriors in the mixture.)
 {iwae_rows}
 
 Both bounds use the same {DRAWS_PER_POINT:,} samples of z for each point: the ELBO is the mean of log w, the IWAE
-objective the log of the mean of 100 weights, averaged over {DRAWS_PER_POINT // 100} groups. By Jensen's inequality
-IWAE is no lower than the ELBO at any point, and the more the weights differ, the farther it is above. The effective
-sample size of 100 weights is {first["diagonal"]["effective_samples_of_100"]:.0f} (diagonal) and
-{first["isotropic"]["effective_samples_of_100"]:.0f} (isotropic). What is left however many samples are taken is due to
-the model's density, not to q(z|x). Each ± contains the noise of the draws, whose own standard error is
-{max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and
-{max(f["neg_iwae100_mc_se_bpd"] for f in first.values()):.4f} for IWAE, at most.
+objective the log of the mean of 100 weights, averaged over {DRAWS_PER_POINT // 100} groups. The more the weights of a
+point differ, the farther IWAE is above the ELBO. The effective sample size of 100 weights is
+{first["diagonal"]["effective_samples_of_100"]:.0f} (diagonal) and {first["isotropic"]["effective_samples_of_100"]:.0f}
+(isotropic). What is left however many samples are taken is due to the model's density, not to q(z|x). The ± includes
+the error of the draws (at most {max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and
+{max(f["neg_iwae100_mc_se_bpd"] for f in first.values()):.4f} for IWAE).
 
 ![IWAE against the number of samples](iwae.png)
-{seeds_table(metrics.get("seeds", {}), of_one_seed)}"""
-
-
-def of_one_seed(f: dict[str, Any]) -> dict[str, float]:
-    """What the report says of a model over several seeds, by column."""
-    test, first = f["test"], f["first100"]
-    return {
-        "−ELBO": test["neg_elbo_bpd"], "KL term": test["kl_bpd"], "decoder term": test["recon_bpd"],
-        "−ELBO − floor": test["excess_bpd"], "IWAE-100 above ELBO, first 100": first["elbo_gap_bpd"],
-        "−IWAE-100 − floor, first 100": first["neg_iwae100_minus_floor_bpd"],
-        "most pieces of a cluster (a count)": max(f["pieces_of_clusters"]),
-    }  # fmt: skip
+"""
 
 
 def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], x_test: Tensor, final: dict, path: Any) -> None:
@@ -312,7 +272,7 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], x_test: Tensor, fina
             ax.set(xlabel="x₁", ylabel="x₂", aspect="equal", xlim=(-3.2, 3.2), ylim=(-2.2, 3.7))
             ax.set_title(f"{name}: {label}")
     fig.suptitle("; ".join(f"{name}: test −ELBO {f['test']['neg_elbo_bpd']:.3f} bits/dim" for name, f in final.items()))
-    save_figure(fig, path)
+    core.save_figure(fig, path)
 
 
 def plot_iwae(final: dict[str, Any], path: Any) -> None:
@@ -326,7 +286,7 @@ def plot_iwae(final: dict[str, Any], path: Any) -> None:
     ax.set(xscale="log", xlabel="importance samples K", ylabel="−IWAE-K − true −log p(x), bits/dim")
     ax.set_title("K = 1 is the ELBO; first 100 test points", fontsize=10)
     ax.legend(fontsize=8)
-    save_figure(fig, path)
+    core.save_figure(fig, path)
 
 
 def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, path: Any) -> None:
@@ -341,87 +301,69 @@ def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, pa
         kl = final[name]["train"]["kl_bpd"]
         ax.set(title=f"{name} decoder, train KL {kl:.3f} bits/dim", xlabel="z₁", ylabel="z₂", aspect="equal")
     axes[0].legend(markerscale=5, fontsize=8)
-    save_figure(fig, path)
+    core.save_figure(fig, path)
 
 
 def plot_both_curves(curves: dict[str, Any], floors: dict[str, Any], final: dict[str, Any], path: Path) -> None:
     """The curves of the two models. floors: {model: {split: the true density on the curve's points, bits/dim}}."""
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, layout="constrained")
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
-        draw_curves(row, curve)
-        for line in list(row[0].lines):  # of train, validation and test
-            row[0].axhline(floors[name][line.get_label()], color=line.get_color(), ls=":")
+        core.draw_curves(row, curve)
+        for split, line in zip(core.SPLITS, row[0].lines, strict=True):
+            row[0].axhline(floors[name][split], color=line.get_color(), ls=":")
         row[0].set_ylim(bottom=min(row[0].get_ylim()[0], min(floors[name].values()) - 0.01))
         row[0].set_title(f"{name}: −ELBO, test {final[name]['test']['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
     fig.suptitle("Dotted: −log p(x) of the true density, on the same points as the curve of that colour")
-    save_figure(fig, path)
+    core.save_figure(fig, path)
 
 
-def run(args: argparse.Namespace, out: Path, last: bool) -> dict[str, Any]:
-    """All of 1B with one seed: trains, writes checkpoint, metrics, figures and report; returns the metrics."""
+def main(argv: list[str] | None = None) -> None:
+    args, out = core.parse_args(core.Parser("q1b"), argv, DEFAULTS, SMOKE, checkpoint="short_run.pt")
+    device, _ = core.choose_machine(args.device, threads=1)  # the networks are too small to share out
+
+    # 1. Data, and the true density of the points that are measured.
     points, labels = make_points()
-    data = split_points("three clusters", points[:5000] if args.smoke else points)
-    prepare(out, args, len(data.splits["train"]))
-    splits = {k: x.to(args.device) for k, x in data.splits.items()}
+    data = core.split_points("three clusters", points[:5000] if args.smoke else points)
+    splits = {k: x.to(device) for k, x in data.splits.items()}
     measured = {k: x[: len(splits["test"])] for k, x in splits.items()}
     floors = {k: -true_log_prob(x) for k, x in measured.items()}
+    core.check_batch_size(args.batch_size, len(splits["train"]))
+    _lock = core.claim(out, args.resume)  # until main returns
+
+    # 2. The short run, two trainings from where it ends, and what is measured of both models.
+    about = {"script": "q1b", "args": vars(args)}
+    short = core.Recipe(
+        max(1, args.epochs // 5), args.batch_size, args.lr, SHORT_MUON_LR, kl_warmup=SHORT_KL_WARMUP, seed=args.seed
+    )
+    recipe = core.Recipe(args.epochs, args.batch_size, args.lr, MUON_LR, seed=args.seed)
+    torch.manual_seed(args.seed)
+    start = start_model().to(device)
+    core.fit(start, splits, short, out / "short_run.pt", about, args.resume, "short run")
     curves, latents, models, final = {}, {}, {}, {}
-    start = short_run(splits, args, out / "progress" / "short_run.pt")
     for name, num_log_stds in DECODERS.items():
         model = models[name] = with_decoder(start, num_log_stds)
-        curves[name] = fit(
-            model, splits, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, muon_lr=MUON_LR,
-            seed=args.seed, path=out / "progress" / f"{name}.pt", resume=args.resume,
-            run={"args": settings(args)}, name=name,
-        )  # fmt: skip
+        curves[name] = core.fit(model, splits, recipe, out / f"{name}.pt", about, args.resume, name)
         bounds = {k: bounds_of_points(model, x, floors[k]) for k, x in measured.items()}
-        latents[name], codes = look_at_codes(model, splits["train"], labels)
-        final[name] = {**bounds, "first100": compare_bounds(model, splits["test"][:100]), **codes}
-    state = {name: {k: v.cpu() for k, v in model.state_dict().items()} for name, model in models.items()}
-    save_checkpoint(out / "checkpoint.pt", {"script": "q1b", "args": settings(args), "state": state})
-    metrics = describe_run("q1b", args, data.describe(), *models.values()) | {"curves": curves, "final": final}
-    write_metrics(out, args, metrics)
+        latents[name], of_codes = look_at_codes(model, splits["train"])
+        final[name] = {**bounds, "first100": compare_bounds(model, splits["test"][:100]), **of_codes}
+    metrics = core.describe_run("q1b", args, data.describe(), device, "fp32", *models.values())
+    metrics |= {"curves": curves, "final": final}
+    core.write_metrics(out, metrics)
 
-    failed: dict[str, str] = {}
-    with attempt("bounds that can be true", failed):
-        for f in final.values():
-            check_above(f["test"]["excess_bpd"], f["test"]["excess_se_bpd"])
-    with attempt("curves.png", failed):
-        of_curves = {}
-        for name, curve in curves.items():
-            few = {split: floor[: curve["examples"]].mean().item() for split, floor in floors.items()}
-            of_curves[name] = {split: bits_per_dim(nats, 2) for split, nats in few.items()}
-        plot_both_curves(curves, of_curves, final, out / "curves.png")
-    with attempt("samples.png", failed), torch.no_grad():
-        samples = {name: model.sample(5000, fixed_noise("samples")) for name, model in models.items()}
-        plot_samples(samples, data.splits["test"], final, out / "samples.png")
-    with attempt("iwae.png", failed):
-        plot_iwae(final, out / "iwae.png")
-    with attempt("latents.png", failed):
-        plot_latents(latents, labels, final, out / "latents.png")
-    metrics["failed"] = failed
-    write_metrics(out, args, metrics)
-    write_report(out, report(metrics), failed, last)
-    return metrics
+    # 3. Figures and report.
+    of_curves = {
+        name: {k: bits_per_dim(floor[: curve["examples"]].mean().item(), 2) for k, floor in floors.items()}
+        for name, curve in curves.items()
+    }
+    plot_both_curves(curves, of_curves, final, out / "curves.png")
+    samples = {name: model.sample(5000, core.fixed_noise("samples")) for name, model in models.items()}
+    plot_samples(samples, data.splits["test"], final, out / "samples.png")
+    plot_iwae(final, out / "iwae.png")
+    plot_latents(latents, labels, final, out / "latents.png")
+    core.write_report(out, report(metrics))
+    for f in final.values():
+        core.check_above(f["test"]["excess_bpd"], f["test"]["excess_se_bpd"])
 
 
-@gives_folders_back()
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser("q1b")
-    parser.add_argument("--seeds", type=number(int, 1, 100), default=1, help="runs, from --seed on")
-    args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
-    runs: dict[int, dict[str, Any]] = {}
-    for seed in range(args.seed, args.seed + args.seeds):
-        one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "started": time.monotonic()})
-        runs[seed] = run(one, out if seed == args.seed else out / f"seed_{seed}", last=args.seeds == 1)
-    if args.seeds > 1:
-        seeds = {seed: of_seed["final"] for seed, of_seed in runs.items()}
-        missing = [(what, seed, why) for seed, of_seed in runs.items() for what, why in of_seed["failed"].items()]
-        failed = {f"{what} (seed {seed})": why for what, seed, why in missing}
-        metrics = runs[args.seed] | {"args": settings(args), "seeds": seeds, "failed": failed}
-        write_metrics(out, args, metrics)
-        write_report(out, report(metrics), failed)
-
-
-if __name__ == "__main__" and not pasted_into_cell():
-    launch(main)
+if __name__ == "__main__" and not core.pasted_into_cell():
+    core.launch(main)

@@ -10,68 +10,50 @@
 identity, so that training starts from the same bound. Does the prior make a difference, and why? --compare answers by
 three experiments: (i) a flow fitted to a frozen 2a; (ii) what is in the KL; (iii) what the flow removes from z.
 
-    python q2b.py --epochs 20 --compare        ->  results/q2b/report.md, on SVHN (downloaded); 2a is trained first
+    python q2b.py --epochs 20 --compare        ->  results/q2b/report.md, on SVHN (downloaded); 2a is trained too
     python q2b.py --epochs 20                  ->  2b alone, without the comparison
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
     python q2b.py --evaluate results/q2b/checkpoint.pt --data FILE.npz  ->  results/q2b/evaluate/report.md
 """
 
-import argparse
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from core import (  # before torch, whose import reads what core has set
-    CODECS, FlowPrior, ImageParser, ImageVAE, StandardNormal, Terms, attempt, between_ends, bin_centres,
-    bits_per_dim, bounds_text, check_above, check_prior, claim, codec_bits_per_dim, describe_run, differences,
-    error_of_one_draw, evaluate, evaluate_splits, evenly_spaced, fail, fit, fixed_noise, gives_folders_back,
-    in_bits, kl_per_position, launch, load_images, load_trained, parse_args, pasted_into_cell, plot_curves,
-    plot_images, posteriors, prepare, quantise, read_checkpoint, save_figure, settings, sha256_of, standard_error,
-    straight_lines, synthetic_floor, to_device, training_text, what_must_match, write_images, write_metrics,
-    write_report,
-)  # fmt: skip
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
-DEFAULTS = dict(epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, schedule="trapezoid", latents=16, data="svhn")
+import core
+from core import FlowPrior, ImageVAE, StandardNormal, Terms, bits_per_dim, evaluate
+
+DEFAULTS = dict(epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn")
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
 # -------------------------------------------------------------------------------- what the prior changes: experiments
 
 
-def make_2a(args: argparse.Namespace, splits: dict[str, Tensor], path: Path) -> ImageVAE:
-    """2a's model, not trained yet. A folder that another run writes into, or another training's, is refused."""
-    torch.manual_seed(args.seed)
-    model = to_device(ImageVAE(args.latents, StandardNormal), args)
-    claim(path.parent, resume=True)
+def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
+    """2a's checkpoint, if there is one, has to be of the same arguments and data."""
     if path.exists():
-        saved = read_checkpoint(path, ("args", "must_match"), "q2a")
-        theirs = saved["must_match"] | {"--epochs": saved["args"]["epochs"]}
-        ours = what_must_match({"args": settings(args, but=("compare",))}, model, splits) | {"--epochs": args.epochs}
-        if differing := differences(theirs, ours):
-            hint = "move it away, choose another --out, or train it on (q2a.py --resume) if it has fewer epochs"
-            fail(f"--compare: {path} is of another {', '.join(differing)}; {hint}")
-    return model
+        saved = core.read_checkpoint(path, "q2a")
+        same = {k: v for k, v in ours.items() if k not in core.OF_ONE_COMMAND | core.MAY_DIFFER} | {
+            "epochs": ours["epochs"]
+        }
+        differing = core.differences(saved["args"], same) or ("the data" if saved["data"] != data_hash else "")
+        if differing:
+            core.fail(f"--compare: {path} is of another 2a: {differing}; move it away, or choose another --out")
 
 
-def fit_flow_to_frozen_2a(
-    a: ImageVAE, args: argparse.Namespace, splits: dict[str, Tensor], epochs: int, path: Path
-) -> ImageVAE:
-    """2a with encoder and decoder frozen and a flow, fitted to its codes, as the prior."""
+def with_fitted_flow(a: ImageVAE) -> ImageVAE:
+    """2a with encoder and decoder frozen, and as its prior a flow that is still to be fitted to its codes."""
     fitted = copy.deepcopy(a)
     fitted.encoder.requires_grad_(False)
     fitted.decoder.requires_grad_(False)
-    torch.manual_seed(args.seed)
-    fitted.prior = FlowPrior(a.prior.latent_shape).to(args.device)
-    fit(
-        fitted, splits, epochs=epochs, batch_size=args.batch_size, lr=args.lr,
-        muon_lr=args.muon_lr, schedule=args.schedule, seed=args.seed, precision=args.precision, path=path,
-        resume=args.resume, run={"args": settings(args, but=("compare",))}, name="flow on frozen 2a",
-    )  # fmt: skip
+    fitted.prior = FlowPrior(a.prior.latent_shape)
     return fitted
 
 
@@ -85,7 +67,7 @@ def neighbour_correlation(z: Tensor) -> dict[str, float]:
 def paired(before: Tensor, after: Tensor) -> dict[str, float]:
     """Mean over images of after - before and its standard error, bits/dim, from [N] nats each on the same images."""
     change = bits_per_dim(after - before, 3072)
-    return {"bpd": change.mean().item(), "se_bpd": standard_error(change)}
+    return {"bpd": change.mean().item(), "se_bpd": core.standard_error(change)}
 
 
 @torch.no_grad()
@@ -96,11 +78,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
     """
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
     named = {"2a": of_a, "2a_fitted_flow": of_fitted, "2b": of_b}
-
-    def codes(model: ImageVAE) -> Tensor:
-        return torch.cat([z for _, z, _, _ in posteriors(model, test[:1000])])
-
-    z_of_a, z_of_b = codes(a), codes(b)
+    z_of_a, z_of_b = (torch.cat([z for _, z, _, _ in core.posteriors(model, test[:1000])]) for model in (a, b))
     return {
         "neg_elbo": paired(of_a.neg_elbo, of_b.neg_elbo),
         "kl": paired(of_a.kl, of_b.kl),
@@ -114,7 +92,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
             "2b: ε": neighbour_correlation(b.prior.z_to_eps(z_of_b)[0]),
         },
         "correlation_by_chance": math.sqrt(2 / math.pi / (7 * 8 * len(z_of_b))),  # 7 x 8 pairs per image and side
-        "kl_per_position_bits": {name: kl_per_position(m, test).tolist() for name, m in (("2a", a), ("2b", b))},
+        "kl_per_position_bits": {name: core.kl_per_position(m, test).tolist() for name, m in (("2a", a), ("2b", b))},
     }
 
 
@@ -143,95 +121,97 @@ def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
     axes[4].set(title="(iii) |correlation| of neighbours", xticks=range(3), xticklabels=list(found["correlation"]))
     axes[4].legend(fontsize=8)
     fig.suptitle(title)
-    save_figure(fig, path)
+    core.save_figure(fig, path)
 
 
-# ------------------------------------------------------------------------------------------------- what the report says
+# ---------------------------------------------------------------------------------------------- figures and the report
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """Whether the prior made a difference, and what of it, from the measured differences and their errors alone."""
+def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
+    """100 samples, interpolations in z and in eps of five pairs of test images, reconstructions."""
+    x, mu = model.sample(100, core.fixed_noise("samples"))
+    panels = {"µ(z), the decoder's mean": core.quantise(mu), "x ~ p(x|z) at the same z": core.quantise(x)}
+    core.plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
 
-    def shows(change: dict[str, float]) -> str:
-        if abs(change["bpd"]) <= 2 * change["se_bpd"]:
-            return "does not measurably change"
-        return "lowers" if change["bpd"] < 0 else "raises"
+    images = core.evenly_spaced(test, 10)
+    with torch.no_grad():
+        codes, _ = model.encoder(core.bin_centres(images))  # the posterior's means
+        eps, _ = model.prior.z_to_eps(codes)
+    _, in_z = model.decode(core.straight_lines(codes, steps=10))  # both ends included
+    _, in_eps = model.decode(model.prior.eps_to_z(core.straight_lines(eps, steps=10)))
+    panels = {
+        "straight in z": core.between_ends(images, core.quantise(in_z)),
+        "straight in ε, the flow's noise": core.between_ends(images, core.quantise(in_eps)),
+    }
+    name = f"{title}\ninterpolations, true test images at the ends"
+    core.plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
 
-    def amount(change: dict[str, float]) -> str:
-        return f"{change['bpd']:+.4f} ± {change['se_bpd']:.4f}"
+    x, mu = model.decode(codes, core.fixed_noise("reconstructions"))
+    panels = {"test images": images, "µ(z), the decoder's mean": core.quantise(mu), "x ~ p(x|z)": core.quantise(x)}
+    name = f"{title}\ndecoded from the posterior's mean"
+    core.plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
 
-    total, kl, recon, alone = (found[name] for name in ("neg_elbo", "kl", "recon", "prior_alone"))
-    text = f"""**The flow prior {shows(total)} −ELBO**: {amount(total)} bits/dim. It {shows(kl)} the KL term
-({amount(kl)}) and {shows(recon)} the decoder term ({amount(recon)}).
 
-**(i) A better prior, or better codes?** A flow that was fitted afterwards to the codes of 2a's frozen encoder
-{shows(alone)} the KL: {amount(alone)}."""
-    if shows(alone) == "lowers":
-        text += f" So a better prior alone saves at least {-alone['bpd']:.4f}, as the flow may not be the best one."
-    if shows(total) == shows(found["rest"]) == "lowers":
-        text += f""" The rest, {amount(found["rest"])}, is the most that training
-encoder and decoder together with the flow can have brought."""
-    if shows(total) == "lowers" and abs(kl["bpd"]) < abs(total["bpd"]) / 4:
-        text += " Most of the gain is in the decoder term: for about the same KL, 2b's z tells its decoder more."
-    return text
+def change_of(what: str, change: dict[str, float]) -> str:
+    """ "lowers −ELBO by 0.2456 ± 0.0005": a difference in words, by its sign and two standard errors."""
+    if abs(change["bpd"]) <= 2 * change["se_bpd"]:
+        return f"does not measurably change {what} ({change['bpd']:+.4f} ± {change['se_bpd']:.4f})"
+    verb = "lowers" if change["bpd"] < 0 else "raises"
+    return f"{verb} {what} by {abs(change['bpd']):.4f} ± {change['se_bpd']:.4f}"
 
 
 def comparison_text(found: dict[str, Any]) -> str:
-    """The answer, the table of paired differences, and one paragraph for each experiment."""
-    rows = {
-        "−ELBO": found["neg_elbo"], "KL term": found["kl"], "decoder term": found["recon"],
-        f"KL, 2a's encoder with a flow (epochs: {found['prior_alone_epochs']})": found["prior_alone"],
-    }  # fmt: skip
-    table = "\n".join(f"| {name} | {change['bpd']:+.4f} ± {change['se_bpd']:.4f} |" for name, change in rows.items())
-    kl, correlation = found["kl_bits"], found["correlation"]
-    by_position = found["kl_per_position_bits"]["2b"]
+    """Does the prior make a difference, and why: the answer, the table, and what each experiment found."""
+    names = {"neg_elbo": "−ELBO", "kl": "KL term", "recon": "decoder term", "prior_alone": "KL term, flow on frozen 2a"}
+    rows = "\n".join(f"| {names[k]} | {found[k]['bpd']:+.4f} ± {found[k]['se_bpd']:.4f} |" for k in names)
+    kl, correlation, positions = found["kl_bits"], found["correlation"], np.array(found["kl_per_position_bits"]["2b"])
     before, after = (np.mean(list(correlation[name].values())) for name in ("2b: z", "2b: ε"))
-    removes = f"removes {1 - after / before:.0%} of" if after < 0.9 * before else "does not remove"
-    return f"""{verdict(found)}
+    return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It {change_of("the KL term", found["kl"])},
+and {change_of("the decoder term", found["recon"])}.
 
 | test, paired by image | change against 2a, bits/dim |
 |---|---|
-{table}
+{rows}
 
-Same data, arguments, batches and noise. ± is one standard error over images; "lowers" and "raises" above ask for two.
-This is one seed: how seeds differ is not in it. 2a's own report comes from `q2a.py --resume` with the same arguments.
+Same data, arguments, batches and noise. ± is one standard error over images; "lowers" and "raises" ask for two. This is
+one seed: how seeds differ is not in it. 2a's own report comes from `q2a.py --resume`.
 
 ![comparison](experiments.png)
 
-**(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
-about its image, plus KL(q(z) || r), how far all codes together lie from r. With r = N(0, I) it is {kl["2a"]:,.0f} bits
-per image for 2a; with r the flow fitted to the same codes, {kl["2a_fitted_flow"]:,.0f} bits. So 2a's z tells at most
-{kl["2a_fitted_flow"]:,.0f} bits, and at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits of 2a's KL are no information
-but a distance between codes and prior. 2b's z tells at most {kl["2b"]:,.0f} bits.
+**(i) A better prior, or better codes?** A flow fitted afterwards to the codes of 2a's frozen encoder (epochs:
+{found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}. A better flow could save more. Against this
+model, training all three together {change_of("−ELBO", found["rest"])}: at most this comes from better codes.
+
+**(ii) What does the KL pay for?** The mean over images of KL(q(z|x) || r) is I(x; z), what z tells about its image, plus
+KL(q(z) || r), how far all codes together lie from r, for any density r. With r = N(0, I) it is {kl["2a"]:,.0f} bits per
+image for 2a; with r the flow fitted to the same codes, {kl["2a_fitted_flow"]:,.0f} bits. So 2a's z tells at most
+{kl["2a_fitted_flow"]:,.0f} bits, and at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits of 2a's KL say nothing about
+the image; they pay for codes that do not follow N(0, I). 2b's z tells at most {kl["2b"]:,.0f} bits. Two upper bounds do
+not say whose z tells more.
 
 **(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (channel by channel,
 mean of absolute values); of ε, after the flow, by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}).
-The flow {removes} this correlation. The maps show what each position costs: in 2b the first one, which the flow cannot
-predict, {by_position[0][0]:.1f} bits, an average one {np.mean(by_position):.1f}. The samples below are decoded from the
-same noise ε: it is 2a's z as it is; 2b's flow first gives it the correlations of its codes.
+The maps show what each position costs: in 2b the first one, which the flow cannot predict, {positions[0, 0]:.1f} bits, an
+average one {positions.mean():.1f}. The samples below are decoded from the same noise ε: 2a decodes ε directly; 2b passes
+it through the flow first.
 
-![samples of both priors, the same noise](samples_2a_2b.png)
-"""
+![samples of both priors, the same noise](samples_2a_2b.png)"""
 
 
 def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    if metrics.get("against_2a"):
+    comparison = """Not compared: `python q2b.py --resume --compare` trains 2a, unless it is there, and compares. 2b is
+not trained again."""
+    if "against_2a" in metrics:
         comparison = comparison_text(metrics["against_2a"])
-    elif metrics["args"]["compare"]:
-        comparison = "The comparison failed."
-    elif metrics["args"]["evaluate"]:
-        comparison = "Only a training run compares, with `--compare`."
-    else:
-        comparison = """Not compared: the same command with `--compare --resume` trains 2a, unless it is there, and
-compares. 2b is not trained again."""
     return f"""# 2b: the same VAE with an autoregressive flow prior
 
-{training_text(metrics)}
+{core.training_text(metrics)}
 
 ## 1. The bound on train, validation and test
 
-{bounds_text(metrics, colours_apart=True)}
+{core.bounds_text(metrics)}
+
 ## 2. Samples
 
 ![samples](samples.png)
@@ -253,122 +233,80 @@ compares. 2b is not trained again."""
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path, samples: int, failed: dict[str, str]) -> None:
-    """100 samples, interpolations in z and in eps of five pairs of test images, reconstructions; single images."""
-    with attempt("samples.png", failed):
-        x, mu = model.sample(100, fixed_noise("samples"))
-        panels = {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": quantise(x)}
-        plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
-    shown = evenly_spaced(test, 10)
-    codes, _ = model.encoder(bin_centres(shown))  # the posterior's means
-    with attempt("interpolations.png", failed):
-        in_z, _ = model.decoder(straight_lines(codes, steps=10))  # both ends included
-        eps, _ = model.prior.z_to_eps(codes)
-        in_eps, _ = model.decoder(model.prior.eps_to_z(straight_lines(eps, steps=10)))
-        panels = {
-            "straight in z": between_ends(shown, quantise(in_z)),
-            "straight in ε, the flow's noise": between_ends(shown, quantise(in_eps)),
-        }
-        name = f"{title}\ninterpolations, true test images at the ends"
-        plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
-    with attempt("reconstructions.png", failed):
-        x, mu = model.decode(codes, fixed_noise("reconstructions"))
-        panels = {"test images": shown, "µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z)": quantise(x)}
-        name = f"{title}\ndecoded from the posterior's mean"
-        plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
-    with attempt("single samples", failed):
-        for first in range(0, samples, 100):
-            x, _ = model.sample(min(100, samples - first), fixed_noise("single samples", first))
-            write_images(quantise(x), out / "samples", first)
-
-
-@gives_folders_back()
 def main(argv: list[str] | None = None) -> None:
-    parser = ImageParser("q2b")
-    parser.add_argument("--compare", action="store_true", help="with 2a, trained first unless it is already")
-    args, out = parse_args(parser, argv, DEFAULTS, SMOKE)
-    if args.compare and args.evaluate:
-        fail("--compare needs a training; leave it or --evaluate out")
-    trained = load_trained(args, "q2b") if args.evaluate else None
+    parser = core.ImageParser("q2b")
+    parser.add_argument("--compare", action="store_true", help="with 2a, which is trained too unless it is there")
+    args, out = core.parse_args(parser, argv, DEFAULTS, SMOKE)
+    device, precision = core.choose_machine(args.device, args.precision)
+    comparing = args.compare and not args.evaluate
 
-    # 1. Data and models. A comparison that cannot be made is refused before anything is trained.
-    data = load_images(args)
-    splits = {name: x.to(args.device) for name, x in data.splits.items()}
+    # 1. Data and model.
+    data = core.load_images(args.data, args.data_root, args.limit, args.seed, only_test=bool(args.evaluate))
+    splits = {name: x.to(device) for name, x in data.splits.items()}
+    test = splits["test"]
     torch.manual_seed(args.seed)
-    model = to_device(ImageVAE(args.latents, FlowPrior), args, trained)
-    path_2a = out.with_name("q2a") / "checkpoint.pt"
-    model_a = make_2a(args, splits, path_2a) if args.compare else None
-    prepare(out, args, len(splits["train"]))  # moves an earlier run's results aside, unless --resume
+    model = ImageVAE(args.latents, FlowPrior).to(device).to(memory_format=torch.channels_last)
 
-    # 2. Training, with --compare first of 2a: from the start, or from its checkpoint on, which may be its end already.
-    # Checkpoints are on disk before anything else is done; --evaluate takes an earlier one's.
-    recipe = dict(
-        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, muon_lr=args.muon_lr, schedule=args.schedule,
-        kl_warmup=args.kl_warmup, seed=args.seed, precision=args.precision,
+    # 2. Training. The weights kept are the best on validation; --evaluate takes an earlier training's.
+    recipe = core.Recipe(
+        args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
+        args.kl_warmup, args.seed, precision,
     )  # fmt: skip
-    alike = settings(args, but=("compare",))  # as q2a.py saves them: either script can go on with 2a
-    if model_a:
-        run = {"script": "q2a", "args": alike}
-        fit(model_a, splits, **recipe, path=path_2a, run=run, resume=True, name="2a")
-    if trained:
-        curves = trained["curves"]
+    of_2a = {name: value for name, value in vars(args).items() if name != "compare"}  # q2a.py's arguments
+    path_2a = out.with_name("q2a") / "checkpoint.pt"
+    if comparing:
+        refuse_another_2a(path_2a, of_2a, data.describe()["sha256"])
+    if not args.evaluate:
+        core.check_batch_size(args.batch_size, len(splits["train"]))
+    _lock = core.claim(out, args.resume)  # until main returns
+    if args.evaluate:
+        curves = core.load_trained(model, args.evaluate)
     else:
-        run = {"script": "q2b", "args": alike}
-        curves = fit(model, splits, **recipe, path=out / "checkpoint.pt", run=run, resume=args.resume)
+        about = {"script": "q2b", "args": vars(args)}
+        curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
-    # 3. Bounds on all of validation and test, and as many images of train. Written before the figures are drawn.
-    metrics = describe_run("q2b", args, data.describe(), model) | {"curves": curves}
-    metrics["finished"] = trained is None or trained["finished"]
-    terms = evaluate_splits(model, splits)
-    metrics["final"] = {name: in_bits(of_split, 3072) for name, of_split in terms.items()}
-    write_metrics(out, args, metrics)
-    print(f"test: -ELBO {metrics['final']['test']['neg_elbo_bpd']:.4f} bits/dim, on all images")
+    # 3. Bounds on all of validation and test, and as many images of train; the prior and codecs beside them.
+    terms = core.evaluate_splits(model, splits)
+    metrics = (
+        core.describe_run("q2b", args, data.describe(), device, precision, model)
+        | {
+            "curves": curves,
+            "final": {split: core.in_bits(of_split, 3072) for split, of_split in terms.items()},
+            "check_prior_nats": core.check_prior(model.prior),  # against autograd's Jacobian: 0 up to rounding
+            "test_codecs_bpd": {codec: core.codec_bits_per_dim(test[:1000], codec) for codec in core.CODECS},
+        }
+    )
+    core.write_metrics(out, metrics)
 
-    # 4. Figures and checks. One that fails is named in the report, and costs no other; the exit status is then 1.
-    failed: dict[str, str] = {}
-    if args.data == "synthetic":
-        with attempt("a bound above its floor", failed):  # the floor is below the entropy: -log P(image | its scene)
-            floor = synthetic_floor(splits, terms["test"].neg_elbo)
-            metrics["floor"] = floor
-            check_above(floor["excess_bpd"], floor["excess_se_bpd"])
-    test, title = splits["test"], f"2b: flow prior, {data.name}"
-    with attempt("curves.png", failed):
-        if trained:
-            plot_curves(curves, "the training of the checkpoint", out / "curves.png")
-        else:
-            name = f"{title}\ntest −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-            plot_curves(curves, name, out / "curves.png", metrics.get("floor"))
-    with torch.no_grad():
-        draw_figures(model, test, title, out, args.samples, failed)
-    with attempt("the error of one draw", failed):  # from a second draw for 1,000 images
-        metrics["test_draw_se_bpd"] = error_of_one_draw(model, splits["test"], terms["test"].neg_elbo)
-    with attempt("the check of the prior", failed):  # against autograd's Jacobian: 0 up to rounding
-        metrics["check_prior_nats"] = check_prior(model.prior)
-    with attempt("codecs", failed):
-        metrics["test_codecs_bpd"] = {codec: codec_bits_per_dim(test[:1000], codec) for codec in CODECS}
+    # 4. Figures and report.
+    title = f"2b: flow prior, {data.name}"
+    core.plot_curves(metrics, title, out / "curves.png")
+    draw_figures(model, test, title, out)
+    for first in range(0, args.samples, 100):
+        x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
+        core.write_images(core.quantise(x), out / "samples", first)
+    core.write_report(out, report(metrics))
 
-    # 5. The experiments: 2a, 2a with a flow fitted to its codes, and 2b.
-    if model_a:
-        with attempt("the comparison with 2a", failed):
-            epochs = math.ceil(args.epochs / 3)  # a choice: a longer fit could lower the KL further
-            weights = sha256_of(model_a.state_dict())  # with another 2a, --resume fits another flow
-            path = out / "progress" / f"flow_on_2a_{weights[:8]}.pt"
-            fitted = fit_flow_to_frozen_2a(model_a, args, splits, epochs, path)
-            found = compare(model_a, fitted, model, test, terms["test"]) | {"prior_alone_epochs": epochs}
-            metrics["against_2a"] = found
-            with attempt("experiments.png", failed):
-                plot_comparison(found, f"2b against 2a, {data.name}", out / "experiments.png")
-        with attempt("samples_2a_2b.png", failed), torch.no_grad():
-            of_a, _ = model_a.sample(100, fixed_noise("samples"))
-            of_b, _ = model.sample(100, fixed_noise("samples"))
-            panels = {"2a, N(0, I)": quantise(of_a), "2b, flow": quantise(of_b)}
-            name = "100 samples x ~ p(x|z), the same ε for both priors"
-            plot_images(panels, 10, name, out / "samples_2a_2b.png")
-
-    # 6. Report.
-    write_metrics(out, args, metrics | {"failed": failed})
-    write_report(out, report(metrics), failed)
+    # 5. The comparison: 2a, 2a with a flow fitted to its codes, and 2b. Then the report again.
+    if comparing:
+        torch.manual_seed(args.seed)
+        model_a = ImageVAE(args.latents, StandardNormal).to(device).to(memory_format=torch.channels_last)
+        _lock_2a = core.claim(path_2a.parent, resume=True)
+        core.fit(model_a, splits, recipe, path_2a, {"script": "q2a", "args": of_2a}, resume=True, name="2a")
+        torch.manual_seed(args.seed)
+        fitted = with_fitted_flow(model_a).to(device).to(memory_format=torch.channels_last)
+        epochs = math.ceil(args.epochs / 3)  # a choice: a longer fit could lower the KL further
+        path = out / f"flow_on_2a_of_{args.epochs}_epochs.pt"
+        core.fit(fitted, splits, replace(recipe, epochs=epochs, kl_warmup=None), path, about, args.resume, "flow on 2a")
+        metrics["against_2a"] = compare(model_a, fitted, model, test, terms["test"]) | {"prior_alone_epochs": epochs}
+        core.write_metrics(out, metrics)
+        plot_comparison(metrics["against_2a"], f"2b against 2a, {data.name}", out / "experiments.png")
+        (of_a, _), (of_b, _) = (m.sample(100, core.fixed_noise("samples")) for m in (model_a, model))
+        panels = {"2a, N(0, I)": core.quantise(of_a), "2b, flow": core.quantise(of_b)}
+        name = "100 samples x ~ p(x|z), the same ε for both priors"
+        core.plot_images(panels, 10, name, out / "samples_2a_2b.png")
+        core.write_report(out, report(metrics))
 
 
-if __name__ == "__main__" and not pasted_into_cell():
-    launch(main)
+if __name__ == "__main__" and not core.pasted_into_cell():
+    core.launch(main)
