@@ -399,7 +399,7 @@ def draw_figures(model: LossyVAE, splits: dict[str, Tensor], title: str, out: Pa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = core.ImageParser("bonus")
+    parser = core.Parser("bonus", images=True)
     add = parser.add_argument
     add("--receptive-field", type=core.number(int, 1, 15), help="rows above, and columns to each side, that are seen")
     add("--prior", choices=tuple(PRIORS), help="of z")

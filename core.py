@@ -51,7 +51,7 @@ if not IN_KERNEL:
 class Terms(NamedTuple):
     """The two terms of the negative ELBO, each [B], in nats: recon = -log p(data|z) and kl = log q(z|x) - log p(z).
 
-    In 2a and 2b recon is -log p(levels + u|z), with 3072 ln 128 for the scale; only recon + kl is a bound for levels.
+    In 2a and 2b recon is of levels + u, 3072 ln 128 included; only recon + kl is a bound for levels.
     """
 
     recon: Tensor
@@ -63,19 +63,13 @@ class Terms(NamedTuple):
         return self.recon + self.kl
 
 
-def noise(
-    kind: Callable[..., Tensor], shape: tuple[int, ...], device: Any, generator: torch.Generator | None = None
-) -> Tensor:
-    """Noise of the given shape on the device; kind is torch.randn or torch.rand.
-
-    A generator lives on the CPU, so that its noise is the same on every device. Without one, in training, the noise
-    comes from the device's global generator.
-    """
+def noise(kind: Callable, shape: tuple[int, ...], device: Any, generator: torch.Generator | None = None) -> Tensor:
+    """torch.randn or torch.rand. With a generator, which lives on the CPU, it is the same on every device."""
     return kind(shape, generator=generator, device="cpu" if generator else device).to(device)
 
 
 def seed_of(*key: str | int) -> int:
-    """One 32-bit seed from words and numbers, such as ("evaluation", seed, batch): numpy's SeedSequence mixes them."""
+    """One 32-bit seed from words and numbers, such as ("evaluation", seed, batch), by numpy's SeedSequence."""
     numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
@@ -87,9 +81,8 @@ def fixed_noise(*key: str | int) -> torch.Generator:
 
 # -------------------------------------------------------------------------------------------------- distributions
 
-# Bounds of every learned log standard deviation. Reasons: the noise that dequantisation adds to a pixel has, in the
-# model's units, log std log(1 / (128 sqrt 12)) = -6.09, so -7 lets a decoder be sharper than the sharpest truth; the
-# widest thing to model, the long axis of question 1A, has log 5 = 1.61.
+# Bounds of every learned log standard deviation. The noise of dequantisation has log(1 / (128 sqrt 12)) = -6.09 in the
+# model's units: -7 lets a decoder be sharper than the sharpest truth. The widest truth, 1A's long axis, has log 5 = 1.61.
 LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0
 
 
@@ -104,26 +97,23 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def bounded_log_std(raw: Tensor) -> Tensor:
-    """A smooth, increasing map of the reals onto (-7, 3) with f(0) = 0 and f'(0) = 1; elementwise.
+    """A smooth, increasing map onto (-7, 3), b tanh(raw / b) with b the bound on raw's side; elementwise.
 
-    Each half is a scaled tanh, b tanh(raw / b) with b the bound on its side. (The handout's plain tanh bounds a log
-    std by -1 and 1. For pixels in [-1, 1] that is a std of 47 grey levels or more: 6.88 bits/dim with a perfect mean.)
+    (The handout's plain tanh keeps a log std above -1. For pixels in [-1, 1] that is a std of 47 grey levels or more:
+    6.88 bits/dim with a perfect mean.)
     """
     high, low = LOG_STD_HIGH * torch.tanh(raw / LOG_STD_HIGH), LOG_STD_LOW * torch.tanh(raw / LOG_STD_LOW)
     return torch.where(raw > 0, high, low)
 
 
 def normal_log_density(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
-    """log N(x; mu, exp(log_std)^2) of each element. x [B, ...], mu and log_std broadcast to x -> [B, ...], nats.
-
-    Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2. Computed in float32 or wider under any autocast.
-    """
+    """log N(x; mu, exp(log_std)^2) of each element, in float32 or wider. mu, log_std broadcast to x [B, ...]; nats."""
     x, mu, log_std = at_least_fp32(x), at_least_fp32(mu), at_least_fp32(log_std)
     return -0.5 * ((x - mu) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
 
 
 def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
-    """log N(x; mu, diag exp(log_std)^2): `normal_log_density`, summed over dimensions. [B, ...] -> [B], nats."""
+    """log N(x; mu, diag exp(log_std)^2). [B, ...] -> [B], nats. Kingma & Welling 2014 (arXiv:1312.6114), C.2."""
     return sum_dims(normal_log_density(x, mu, log_std))
 
 
@@ -182,8 +172,7 @@ def bits_per_dim(nats: Any, num_dims: int) -> Any:
 def iwae(log_w: Tensor) -> Tensor:
     """The importance-weighted bound log (1/K) sum_k w_k on log p(x). log_w [K, ...] -> [...], nats.
 
-    log_w = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x). K = 1 is the ELBO; the bound rises with K in expectation
-    (Burda et al. 2016, arXiv:1509.00519, theorem 1).
+    log_w = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x). K = 1 is the ELBO (Burda et al. 2016, arXiv:1509.00519).
     """
     return torch.logsumexp(log_w, 0) - math.log(len(log_w))
 
@@ -206,8 +195,8 @@ def quantise(x: Tensor) -> Tensor:
 def density_to_levels(log_p_x: Tensor, num_dims: int) -> Tensor:
     """log p(x) -> log p(v), v = levels + u, whose mean over u is at most log P(levels). [B] -> [B], nats.
 
-    v = 128 (x + 1), so p(v) = p(x) / 128 per dimension and log p(v) = log p(x) - num_dims ln 128; and
-    E_u log p(v) <= log P(levels) by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1).
+    v = 128 (x + 1), so log p(v) = log p(x) - num_dims ln 128; E_u log p(v) <= log P(levels) by Jensen (Theis et al.
+    2016, arXiv:1511.01844, section 3.1).
     """
     return log_p_x - num_dims * math.log(PIXEL_SCALE)
 
@@ -235,8 +224,7 @@ def standard_error(x: Tensor) -> float:
 class VAE(nn.Module):
     """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)) and p(z), a `Prior` that can be swapped.
 
-    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. Kingma & Welling 2014 (arXiv:1312.6114).
-    A subclass for other data replaces `to_x` and `log_p_x`; with another kind of decoder, `decode` too.
+    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. A subclass may replace `to_x` and `log_p_x`.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior):
@@ -261,9 +249,9 @@ class VAE(nn.Module):
     def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
         """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
 
-        If q(z|x) is the true posterior, recon + kl is -log p(x) exactly, whatever the noise. log q(z|x) is
-        differentiated through z alone (its other derivative has mean zero): then the encoder's gradient has no noise at
-        that point either (Roeder et al. 2017, arXiv:1703.09194).
+        log q(z|x) is differentiated through z alone, as its other derivative has mean zero: so where q(z|x) is the true
+        posterior, not only recon + kl has no noise, but the encoder's gradient too (Roeder et al. 2017,
+        arXiv:1703.09194).
         """
         return normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
 
@@ -272,10 +260,7 @@ class VAE(nn.Module):
         return normal_log_prob(x, *self.decoder(z))
 
     def loss(self, data: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
-        """What training minimises: mean of recon + kl_weight kl, bits/dim, []. Every reported bound has weight 1.
-
-        done: the fraction of training that is over, for a subclass whose loss changes on the way.
-        """
+        """What training minimises: the mean of recon + kl_weight kl, bits/dim, []. done: the fraction of it that is over."""
         recon, kl = self(data)
         return bits_per_dim((recon + kl_weight * kl).mean(), data[0].numel())
 
@@ -332,9 +317,8 @@ class GaussianMLP(nn.Module):
 class GatedResidualBlock(nn.Module):
     """x + a * sigmoid(b), with (a, b) the halves of [relu, conv to hidden, relu, conv to 2 x width].
 
-    The gated linear unit of Dauphin et al. 2017 (arXiv:1612.08083) as the residual branch. The handout's 64 * 2 filters
-    fit a stream of 64 channels; its own stream has 256, so the second convolution has 2 x 256.
-    [B, width, H, W] -> the same.
+    A gated linear unit (Dauphin et al. 2017, arXiv:1612.08083) as the residual branch. The handout's 64 * 2 filters do
+    not fit its stream of 256 channels, so the second convolution has 2 x 256. [B, width, H, W] -> the same.
     """
 
     def __init__(self, width: int, hidden: int = 64, size: int = 3):
@@ -355,8 +339,7 @@ def residual_stack(width: int) -> nn.Sequential:
 class ConvEncoder(nn.Module):
     """q(z|x): the handout's convolutions, then a linear 1x1 head, as the stack ends in a relu and a mean has a sign.
 
-    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: a posterior that starts narrow, so that
-    the decoder learns to use z early.
+    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2, so that the decoder learns to use z early.
     """
 
     def __init__(self, latent_channels: int):
@@ -511,7 +494,7 @@ class Data(NamedTuple):
     splits: dict[str, Tensor]
 
     def describe(self) -> dict[str, Any]:
-        """Name, sizes and hash, for metrics.json."""
+        """For metrics.json."""
         return {"name": self.name, **{k: len(x) for k, x in self.splits.items()}, "sha256": sha256_of(self.splits)}
 
 
@@ -584,9 +567,8 @@ def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[
     of train is. A single set is split 80/10/10. The seed decides which images.
     """
     print(f"reading {path}", flush=True)
-    images, num_changed = read_folder(path) if path.is_dir() else read_npz(path)
-    name = path.resolve().name + (f", {num_changed:,} images made RGB or 32 x 32" if num_changed else "")
-    found, random = {key: len(x) for key, x in images.items()}, np.random.RandomState(seed)
+    name, images = read_folder(path) if path.is_dir() else read_npz(path)
+    found, random = {split: len(x) for split, x in images.items()}, np.random.RandomState(seed)
     if only_test and set(images) == {"test"}:
         images |= {"train": images["test"][:0], "valid": images["test"][:0]}
     elif len(images) == 1:
@@ -606,44 +588,44 @@ def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[
     return name, [images[split] for split in SPLITS]
 
 
-def read_folder(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """All images below a folder, by the subfolder's split (else "images"), and how many of them had to be changed."""
+def read_folder(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """All images below a folder, as the data's name and uint8 [N, 32, 32, 3] of each subfolder named for a split."""
     images: dict[str, list[np.ndarray]] = {}
-    num_changed, formats = 0, Image.registered_extensions()
+    formats = Image.registered_extensions()
     for file in progress_bar(sorted(path.rglob("*")), desc=f"reading {path}"):
         top, *below = file.relative_to(path).parts
         if file.is_dir() or any(part.startswith(".") for part in (top, *below)):  # macOS leaves ._1.png beside 1.png
             continue
         try:
             with Image.open(file) as image:
-                num_changed += image.size != (32, 32) or image.mode != "RGB"
                 x = to_rgb(image)
         except Exception as error:  # each of Pillow's formats has its own
             if isinstance(error, UnidentifiedImageError) and formats.get(file.suffix.lower()) not in Image.OPEN:
                 continue  # no image, and not named as one: labels, a text
             fail(f"--data {path}: {file.name} is no readable 8-bit image ({error}); mend, convert or remove it")
         images.setdefault(SPLIT_NAMES.get(top.lower(), "images") if below else "images", []).append(x)
-    return {split: np.stack(some) for split, some in images.items()}, num_changed
+    name = f"{path.resolve().name}, a folder of {sum(map(len, images.values())):,} images made RGB, 32 x 32"
+    return name, {split: np.stack(some) for split, some in images.items()}
 
 
-def read_npz(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """The images of an npz file, by split, and how many had to be changed. Arrays of fewer than 3 axes are left out."""
+def read_npz(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The same of an npz file's arrays. Those of fewer than three axes, such as labels, are left out."""
     wanted = "wanted: uint8 [N, height, width, 3] in an npz file; or a folder of images; or svhn; or synthetic"
+    name, images = path.name, {}
     try:
         arrays = {key: x for key, x in np.load(path, allow_pickle=False).items() if x.ndim > 2}
     except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
         fail(f"--data {path}: no readable npz file ({getattr(error, 'strerror', None) or error}); {wanted}")
-    images, num_changed = {}, 0
     for key, x in arrays.items():
         if x.ndim == 4 and x.shape[1] == 3 != x.shape[3]:
             x = x.transpose(0, 2, 3, 1)  # PyTorch's order, channels first
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
             fail(f"--data {path}: {key} is {x.dtype} {list(x.shape)}; {wanted}")
         if x.shape[1:3] != (32, 32):
-            num_changed += len(x)
+            name = f"{path.name}, made 32 x 32"
             x = np.stack([to_rgb(Image.fromarray(image)) for image in x])
         images[SPLIT_NAMES.get(key.lower(), key)] = x
-    return images, num_changed
+    return name, images
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -775,10 +757,9 @@ def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
-    """Both terms for every example of x, once each, in fp32 on fixed noise. x [N, ...] -> Terms of float64 [N], nats.
+    """Both terms for every example of x, once each, in fp32. x [N, ...] -> Terms of float64 [N], nats.
 
-    Batch k draws its noise from a generator that belongs to (seed, k): the same on every device. The seed belongs to
-    the evaluation, not to the run, so that two models are compared on the same noise.
+    The noise of batch k belongs to (seed, k), not to the run: two models are compared on the same noise.
     """
     batches = progress_bar(evaluation_batches(x), desc="evaluating", delay=2)
     terms = [model(some, fixed_noise("evaluation", seed, k)) for k, some in enumerate(batches)]
@@ -804,8 +785,8 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Tensor]) -> dict[str, Te
 def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
     """Both terms for points x [N, 2] under the prior N(0, I), almost without Monte Carlo noise: Terms of [N], nats.
 
-    The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z per point.
-    Also the standard error, nats, that these draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N.
+    The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z. Also the
+    standard error, nats, that the draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N.
     """
     draws = 64
     kl, recon, variances = [], [], []
@@ -867,8 +848,8 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [a, b >= a] each.
 
     Five steps of Newton-Schulz, x <- f x with f = 3.4445 - 4.7750 g + 2.0315 g^2 and g = x x^T, from x / |x|. Each f is
-    a polynomial of g, so the loop needs the small g alone; q collects the factors and meets x once, at the end. All
-    matrices with the same smaller side share one batched loop.
+    a polynomial of the small g, so q collects the factors and meets x once, at the end. Matrices with the same smaller
+    side share one batched loop.
     """
     results = list(matrices)
     for side in sorted({len(x) for x in matrices}):
@@ -890,9 +871,8 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 class Muon(torch.optim.Optimizer):
     """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
 
-    Adam moves a kernel mostly along the few directions that its gradients share; here every direction of the update
-    counts alike. K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon). As a matrix, a kernel keeps the smaller of
-    a and b as one side and has all else on the other; a and b are the tensor's, also for a transposed convolution.
+    Adam moves a kernel mostly along the few directions that its gradients share; here every direction counts alike.
+    K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
     """
 
     def __init__(self, kernels: Iterable[Tensor], lr: float):
@@ -917,7 +897,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Adam; and, if muon_lr is not 0, Muon for matrices and kernels larger than 1x1 from and to 16 channels or more.
 
-    Adam keeps what touches pixels, the 1x1 heads and the biases, as Muon's authors advise.
+    Adam keeps what touches pixels, 1x1 heads and biases, as Muon's authors advise.
     """
 
     def for_muon(p: Tensor) -> bool:
@@ -961,14 +941,19 @@ KEEP_SECONDS = 60  # between checkpoints
 
 
 def fit(
-    model: Any, splits: dict[str, Tensor], recipe: Recipe, path: Path, about: dict[str, Any], resume: bool = False,
+    model: Any,
+    splits: dict[str, Tensor],
+    recipe: Recipe,
+    path: Path,
+    about: dict[str, Any],
+    resume: bool,
     name: str = "",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
 
     At up to 21 steps the first examples of every split are evaluated; the best weights are those with the lowest -ELBO
     on validation's. path: the checkpoint, written every minute and at the end. With resume, training goes on from it,
-    on one machine to the same bits: order and noise of a step are functions of seed, step and process alone. about:
+    on the same machine to the same bits: order and noise of a step depend on seed, step and process alone. about:
     script and arguments, for the checkpoint. name: of the model, in what is printed.
     """
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
@@ -980,8 +965,8 @@ def fit(
     progress.curves = {"step": [], "epoch": [], **{split: {key: [] for key in CURVE_KEYS} for split in SPLITS}}
     if resume and path.exists():
         progress = load_progress(path, about["data"], model, optimisers, steps)
-    # A point of the curves is of so few examples of each split that the curves take a tenth of the training's time: an
-    # evaluation takes .6 of a training step, and 21 points of 3 splits see 21 * 3 / 360 of the examples trained on.
+    # So few that the curves take a tenth of the time: an evaluation takes .6 of a training step, and 21 points of three
+    # splits see 21 * 3 / 360 of the examples that are trained on.
     examples = min(len(splits["valid"]), max(32, recipe.epochs * len(train) // 360))
     few = {split: x[: progress.curves.setdefault("examples", examples)] for split, x in splits.items()}
     started, saved_at = time.monotonic() - progress.seconds, -math.inf
@@ -1031,7 +1016,13 @@ def train_step(
         loss = model.loss(x, kl_weight, done)
     model.zero_grad()
     loss.backward()
-    average_over_processes([p.grad for p in model.parameters() if p.grad is not None])
+    world = rank_and_world()[1]
+    if world > 1:  # the mean gradient over processes, in one exchange
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([x.flatten() for x in gradients]) / world
+        dist.all_reduce(flat)
+        for x, mean in zip(gradients, flat.split([x.numel() for x in gradients]), strict=True):
+            x.copy_(mean.view(x.shape))
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimiser in optimisers:
         optimiser.step()
@@ -1071,23 +1062,13 @@ def progress_bar(items: Iterable[Any], **options: Any) -> Any:
     return tqdm.auto.tqdm(items, leave=False, disable=True if rank_and_world()[0] else None, **options)
 
 
-# Several processes: torchrun starts the same program several times. In training each takes its part of every batch,
-# with noise of its own, and gradients are averaged; everything else each does by itself. Rank 0 alone writes and prints.
+# Several processes, started by torchrun: in training each takes its part of a batch, with its own noise, and gradients
+# are averaged; everything else each does by itself. Rank 0 alone writes and prints.
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes: 0 of 1, unless torchrun started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def average_over_processes(tensors: list[Tensor]) -> None:
-    """Set each tensor to its mean over processes, in one exchange."""
-    world = rank_and_world()[1]
-    if world > 1:
-        flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat)
-        for x, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors]), strict=True):
-            x.copy_(mean.view(x.shape))
 
 
 def join_processes(device: str) -> None:
@@ -1207,20 +1188,17 @@ def describe_run(
     script: str, args: argparse.Namespace, data: dict[str, Any], device: str, precision: str, *models: nn.Module
 ) -> dict[str, Any]:
     """The head of metrics.json: what ran, with what, on which data and machine."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    info = Path("/proc/cpuinfo")  # of Linux
+    cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    name = f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
     env = {
         "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
         "device": f"{device} ({name})", "threads": torch.get_num_threads(), "precision": precision,
     }  # fmt: skip
     params = sum(p.numel() for model in models for p in model.parameters())
     return {"script": script, "args": vars(args), "data": data, "env": env, "params": params}
-
-
-def cpu_name() -> str:
-    """The processor's name, and how many of its cores there are."""
-    info = Path("/proc/cpuinfo")  # of Linux
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 DPI = 130  # of every figure
@@ -1239,8 +1217,7 @@ def save_figure(fig: Any, path: Path) -> None:
 def draw_curves(axes: Any, curves: dict[str, Any], floor: tuple[float, float] | None = None) -> None:
     """-ELBO, KL and decoder term against the step, on three axes, bits/dim: train thin, validation and test bold.
 
-    floor: the lower and upper side of what -ELBO is held against. Of the first half of the curve, the highest points
-    may lie above the axes: they would flatten the rest.
+    floor: the entropy's two sides. The highest early points may lie above the axes: they would flatten the rest.
     """
     thin, bold, dashed = dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--")
     for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
@@ -1401,9 +1378,9 @@ def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, strict about abbreviations, with its errors in one line, and with the flags that all scripts have."""
+    """argparse, strict about abbreviations, with errors in one line, and the flags that all (image) scripts have."""
 
-    def __init__(self, script: str):
+    def __init__(self, script: str, images: bool = False):
         show_defaults = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(prog=f"{script}.py", allow_abbrev=False, formatter_class=show_defaults)
         add = self.add_argument
@@ -1415,28 +1392,21 @@ class Parser(argparse.ArgumentParser):
         add("--out", default="results", help=f"results go to OUT/{script}")
         add("--resume", action="store_true", help="go on with the run in OUT, with its arguments; --epochs may grow")
         add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)")
-
-
-class ImageParser(Parser):
-    """The parser of question 2 and the bonus."""
-
-    def __init__(self, script: str):
-        super().__init__(script)
-        add = self.add_argument
+        if not images:
+            return
         add("--data", help="svhn, synthetic, FILE.npz or a FOLDER of images; with --smoke, synthetic unless given")
         add("--data-root", default="data", help="where SVHN is, or is downloaded to")
         add("--limit", type=number(int, 20, 10**9), help="of training images; of validation and test a tenth as many")
         add("--latents", type=number(int, 1, 256), help="channels of z, 8 x 8 positions")
         add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for kernels; 0: Adam alone")
-        warm = "the KL's weight in training rises from 0 to 1 over this fraction of it; reported bounds have weight 1"
-        add("--kl-warmup", type=number(float, 0, 1), help=warm)
+        add("--kl-warmup", type=number(float, 0, 1), help="fraction of training in which the KL's weight rises to 1")
         add("--handout", action="store_true", help="train as the handout recommends: Adam at a constant 2e-4")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: what is fastest")
-        add("--evaluate", metavar="CHECKPOINT", help=f"train nothing; all else, into OUT/{script}/evaluate")
+        add("--evaluate", metavar="RUN", help=f"a checkpoint: train nothing; all else, into OUT/{script}/evaluate")
         add("--samples", type=number(int, 0, 10**6), default=0, help="so many samples as samples/0000.png, ...")
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)")
 
 
 HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0)  # what the handout recommends: --handout

@@ -68,7 +68,7 @@ def report(metrics: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, out = core.parse_args(core.ImageParser("q2a"), argv, DEFAULTS, SMOKE)
+    args, out = core.parse_args(core.Parser("q2a", images=True), argv, DEFAULTS, SMOKE)
     device, precision = core.choose_machine(args.device, args.precision)
 
     # 1. Data and model.

@@ -234,7 +234,7 @@ not trained again."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = core.ImageParser("q2b")
+    parser = core.Parser("q2b", images=True)
     parser.add_argument("--compare", action="store_true", help="with 2a, which is trained too unless it is there")
     args, out = core.parse_args(parser, argv, DEFAULTS, SMOKE)
     device, precision = core.choose_machine(args.device, args.precision)
