@@ -427,8 +427,6 @@ def main(argv: list[str] | None = None) -> None:
         args.kl_warmup, args.seed, precision,
     )  # fmt: skip
     about = {"script": "bonus", "args": vars(args)}
-    if not args.evaluate:
-        core.check_batch_size(args.batch_size, len(splits["train"]))
     _lock = core.claim(out, args.resume)  # until main returns
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)

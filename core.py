@@ -64,18 +64,18 @@ class Terms(NamedTuple):
 
 
 def noise(kind: Callable, shape: tuple[int, ...], device: Any, generator: torch.Generator | None = None) -> Tensor:
-    """torch.randn or torch.rand. With a generator, which lives on the CPU, it is the same on every device."""
+    """torch.randn or torch.rand; with a generator, which lives on the CPU, the same on every device."""
     return kind(shape, generator=generator, device="cpu" if generator else device).to(device)
 
 
 def seed_of(*key: str | int) -> int:
-    """One 32-bit seed from words and numbers, such as ("evaluation", seed, batch), by numpy's SeedSequence."""
+    """A 32-bit seed from words and numbers, such as ("evaluation", seed, batch), by numpy's SeedSequence."""
     numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
 def fixed_noise(*key: str | int) -> torch.Generator:
-    """A CPU generator for the noise that belongs to the key: the same in every run and on every device."""
+    """A CPU generator for the noise that belongs to the key, the same in every run."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
@@ -92,7 +92,7 @@ def sum_dims(x: Tensor) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x, widened to float32 if autocast left it in a 16-bit type: no density is computed in less."""
+    """x, in float32 if autocast left it in 16 bits: no density is computed in less."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -260,7 +260,7 @@ class VAE(nn.Module):
         return normal_log_prob(x, *self.decoder(z))
 
     def loss(self, data: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
-        """What training minimises: the mean of recon + kl_weight kl, bits/dim, []. done: the fraction of it that is over."""
+        """What training minimises: mean of recon + kl_weight kl, bits/dim, []. done: the fraction of training so far."""
         recon, kl = self(data)
         return bits_per_dim((recon + kl_weight * kl).mean(), data[0].numel())
 
@@ -339,7 +339,7 @@ def residual_stack(width: int) -> nn.Sequential:
 class ConvEncoder(nn.Module):
     """q(z|x): the handout's convolutions, then a linear 1x1 head, as the stack ends in a relu and a mean has a sign.
 
-    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2, so that the decoder learns to use z early.
+    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: so the decoder learns to use z early.
     """
 
     def __init__(self, latent_channels: int):
@@ -383,7 +383,7 @@ class ConvDecoder(nn.Module):
 def causal_mask(mask_type: str, size: int) -> Tensor:
     """PixelCNN's mask (van den Oord et al. 2016, arXiv:1601.06759), [size, size]: 1 where a weight may stay.
 
-    In raster order a position sees the rows above and what is to its left; "B" sees itself too, "A" does not.
+    In raster order a position sees the rows above and what is to its left; "B" sees itself too.
     """
     if mask_type not in ("A", "B"):
         raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
@@ -393,7 +393,7 @@ def causal_mask(mask_type: str, size: int) -> Tensor:
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A 'same' convolution of odd size that sees only earlier positions; every input channel of a position alike."""
+    """A 'same' convolution of odd size that sees earlier positions only, all channels of a position alike."""
 
     mask: Tensor
 
@@ -419,9 +419,9 @@ class MaskedResidual(nn.Module):
 class FlowPrior(Prior):
     """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i.
 
-    i runs over the positions in raster order; all channels of a position move at once. s and t come from a shallow
-    PixelCNN: one 3x3 convolution with mask A, three residual layers with mask B, and a 1x1 layer that starts at zero,
-    so that the flow starts as the identity. Chen et al. 2017 (arXiv:1611.02731), equations 12 to 14.
+    i runs over the positions in raster order, all channels at once. s and t come from a PixelCNN: a 3x3 convolution
+    with mask A, three residual layers with mask B, and a 1x1 layer that starts at zero, so that the flow starts as the
+    identity. Chen et al. 2017 (arXiv:1611.02731), equations 12 to 14.
     """
 
     def __init__(self, latent_shape: tuple[int, ...], width: int = 128):
@@ -451,9 +451,8 @@ class FlowPrior(Prior):
     def eps_to_z(self, eps: Tensor) -> Tensor:
         """The inverse of `z_to_eps`: z <- t(z) + exp(s(z)) eps, until nothing changes. [B, C, H, W] -> the same.
 
-        t and s of a position depend on earlier positions alone. So each pass makes at least the next position exact,
-        and all are exact after as many passes as the longest chain of such dependences has links: 22 for 8 x 8, in
-        place of 64 in raster order (Song et al. 2021, arXiv:2002.03629). One more pass sees that nothing changes.
+        t and s depend on earlier positions alone, so with each pass more positions are exact: on 8 x 8 all are after 22,
+        the longest chain of positions that see each other (Song et al. 2021, arXiv:2002.03629).
         """
         z = eps
         for _ in range(eps[0, 0].numel() + 1):
@@ -465,11 +464,10 @@ class FlowPrior(Prior):
 
 
 def check_prior(prior: Prior) -> float:
-    """How far a prior is from what its definition says, at one z that it draws; 0 up to rounding.
+    """How far a prior is from its definition, at one z that it draws; 0 up to rounding. In float64, on the CPU.
 
-    The larger of |z_to_eps(eps_to_z(eps)) - eps| and of log_prob's distance, in nats, from what torch.distributions and
-    autograd's Jacobian give: log N(eps; 0, I) + log |det d eps / d z|. A log-determinant that was dropped, a prior of
-    the wrong variance, or samples of another density cannot pass. In float64, on the CPU.
+    The larger of |z_to_eps(eps_to_z(eps)) - eps| and of log_prob's distance, in nats, from log N(eps; 0, I) by
+    torch.distributions + log |det d eps / d z| by autograd's Jacobian.
     """
     prior = copy.deepcopy(prior).cpu().double()
     eps = torch.randn(1, *prior.latent_shape, generator=fixed_noise("check"), device="cpu").double()
@@ -488,7 +486,7 @@ SVHN_SIZES = (65_931, 7_326, 26_032)
 
 
 class Data(NamedTuple):
-    """A data set: its name, as every report gives it, and its splits train, valid and test, each [N, ...]."""
+    """A data set: its name in reports, and its splits train, valid and test, each [N, ...]."""
 
     name: str
     splits: dict[str, Tensor]
@@ -516,7 +514,7 @@ def split_points(name: str, points: np.ndarray) -> Data:
 def load_images(data: str, root: str, limit: int | None, seed: int, only_test: bool = False) -> Data:
     """The images that --data names, as splits uint8 [N, 3, 32, 32]; under --limit N, N, N/10 and N/10 of them.
 
-    root: SVHN's folder. seed: decides the split of a user's images. only_test: a user's test images alone will do.
+    root: SVHN's folder. seed: of the split of a user's images. only_test: a user's test images alone will do.
     """
     limited = (limit, limit // 10, limit // 10) if limit else None
     if data == "svhn":
@@ -529,28 +527,26 @@ def load_images(data: str, root: str, limit: int | None, seed: int, only_test: b
         arrays = [x[:n] for x, n in zip(arrays, limited, strict=True)]
         name += f", at most {limit} training images"
     splits = {k: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for k, x in zip(SPLITS, arrays, strict=True)}
-    print(f"data: {name}: " + ", ".join(f"{len(x):,} {k}" for k, x in splits.items()), flush=True)
+    print(f"data: {name}: " + ", ".join(f"{len(x):,} {k}" for k, x in splits.items()))
     return Data(name, splits)
 
 
 def load_svhn(root: Path) -> list[np.ndarray]:
     """SVHN's cropped digits (Netzer et al. 2011), three uint8 [N, 32, 32, 3], downloaded and checked by torchvision.
 
-    The official train file is split 65,931 / 7,326 by a fixed permutation, so that validation is not the file's end.
+    The official train file is split 65,931 / 7,326 by a fixed permutation.
     """
-    from torchvision.datasets import SVHN  # here, as it takes two seconds, which other data can do without
+    from torchvision.datasets import SVHN  # here, as it takes two seconds
 
-    several, local_rank = rank_and_world()[1] > 1, int(os.environ.get("LOCAL_RANK", 0))
-    if several and local_rank:  # one process of each machine downloads for the others
+    first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first_of_machine:  # the first process of each machine downloads for the others
         dist.barrier()
     try:
         train, test = (SVHN(str(root), split, download=True).data.transpose(0, 2, 3, 1) for split in ("train", "test"))
     except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
-        fail(
-            f"no usable SVHN in {root} ({error}): put the official train_32x32.mat and test_32x32.mat there, or delete "
-            "broken copies and go online; --data synthetic needs no download"
-        )
-    if several and not local_rank:
+        hint = "put the official train_32x32.mat and test_32x32.mat there, or delete broken copies and go online"
+        fail(f"no usable SVHN in {root} ({error}): {hint}; --data synthetic needs no download")
+    if first_of_machine and rank_and_world()[1] > 1:
         dist.barrier()
     order = np.random.RandomState(0).permutation(len(train))
     train, valid = np.split(train[order], [len(train) - round(len(train) / 10)])
@@ -563,12 +559,20 @@ SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation":
 def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[np.ndarray]]:
     """A user's images: the data's name, and train, valid and test, each uint8 [N, 32, 32, 3].
 
-    Arrays of an npz file, or subfolders, named train, valid (or val) and test are the splits; without valid, a tenth
-    of train is. A single set is split 80/10/10. The seed decides which images.
+    Subfolders, or an npz file's arrays, named train, valid (or val) and test are the splits; without valid, a tenth of
+    train is. A single set is split 80/10/10. The seed decides which images.
     """
-    print(f"reading {path}", flush=True)
-    name, images = read_folder(path) if path.is_dir() else read_npz(path)
-    found, random = {split: len(x) for split, x in images.items()}, np.random.RandomState(seed)
+    read: dict[str, list[np.ndarray]] = {}
+    for split, source, image in progress_bar(own_images(path), desc=f"reading {path}"):
+        try:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a level")
+            upright = ImageOps.exif_transpose(image)  # as the camera was held
+            read.setdefault(split, []).append(np.asarray(upright.convert("RGB").resize((32, 32))))
+        except Exception as error:  # each of Pillow's formats has its own
+            fail(f"--data {path}: {source} is no readable 8-bit image ({error}); mend, convert or remove it")
+    images, random = {split: np.stack(some) for split, some in read.items()}, np.random.RandomState(seed)
+    name = f"{path.resolve().name} ({sum(map(len, images.values())):,} images, made RGB of 32 x 32"
     if only_test and set(images) == {"test"}:
         images |= {"train": images["test"][:0], "valid": images["test"][:0]}
     elif len(images) == 1:
@@ -580,40 +584,34 @@ def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[
         images["train"], images["valid"] = np.split(x, [len(x) * 9 // 10])
         name += ", a tenth of train kept for validation"
     if set(images) != set(SPLITS) or min(map(len, images.values())) < (0 if only_test else 2):
-        kind = "subfolders" if path.is_dir() else "arrays"
+        found = {split: len(some) for split, some in read.items()} or "no images"
         fail(
-            f"--data {path}: found {found or 'no images'}; wanted are {kind} train and test (and valid), or one set, "
-            "which is split 80/10/10, with two images or more in each split: move or add some"
+            f"--data {path}: found {found}; wanted are sets named train and test (and valid), or a single one, which is "
+            "split 80/10/10; with two images or more in each split: move, rename or add some"
         )
-    return name, [images[split] for split in SPLITS]
+    return f"{name})", [images[split] for split in SPLITS]
 
 
-def read_folder(path: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """All images below a folder, as the data's name and uint8 [N, 32, 32, 3] of each subfolder named for a split."""
-    images: dict[str, list[np.ndarray]] = {}
-    formats = Image.registered_extensions()
-    for file in progress_bar(sorted(path.rglob("*")), desc=f"reading {path}"):
-        top, *below = file.relative_to(path).parts
-        if file.is_dir() or any(part.startswith(".") for part in (top, *below)):  # macOS leaves ._1.png beside 1.png
-            continue
-        try:
-            with Image.open(file) as image:
-                x = to_rgb(image)
-        except Exception as error:  # each of Pillow's formats has its own
-            if isinstance(error, UnidentifiedImageError) and formats.get(file.suffix.lower()) not in Image.OPEN:
-                continue  # no image, and not named as one: labels, a text
-            fail(f"--data {path}: {file.name} is no readable 8-bit image ({error}); mend, convert or remove it")
-        images.setdefault(SPLIT_NAMES.get(top.lower(), "images") if below else "images", []).append(x)
-    name = f"{path.resolve().name}, a folder of {sum(map(len, images.values())):,} images made RGB, 32 x 32"
-    return name, {split: np.stack(some) for split, some in images.items()}
+def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
+    """Of each image below a folder, or in an npz file's arrays: its split, where it comes from, and the image.
 
-
-def read_npz(path: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """The same of an npz file's arrays. Those of fewer than three axes, such as labels, are left out."""
+    The split is that of the subfolder's or the array's name, else "images". What is no image is passed over.
+    """
+    if path.is_dir():
+        formats = Image.registered_extensions()
+        for file in sorted(path.rglob("*")):
+            top, *below = file.relative_to(path).parts
+            if file.is_dir() or any(part.startswith(".") for part in (top, *below)):  # macOS: ._1.png beside 1.png
+                continue
+            try:
+                yield SPLIT_NAMES.get(top.lower(), "images") if below else "images", file.name, Image.open(file)
+            except UnidentifiedImageError:
+                if formats.get(file.suffix.lower()) in Image.OPEN:
+                    fail(f"--data {path}: {file.name} is broken, no readable image; mend or remove it")
+        return
     wanted = "wanted: uint8 [N, height, width, 3] in an npz file; or a folder of images; or svhn; or synthetic"
-    name, images = path.name, {}
     try:
-        arrays = {key: x for key, x in np.load(path, allow_pickle=False).items() if x.ndim > 2}
+        arrays = {key: x for key, x in np.load(path, allow_pickle=False).items() if x.ndim > 2}  # not labels
     except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
         fail(f"--data {path}: no readable npz file ({getattr(error, 'strerror', None) or error}); {wanted}")
     for key, x in arrays.items():
@@ -621,18 +619,8 @@ def read_npz(path: Path) -> tuple[str, dict[str, np.ndarray]]:
             x = x.transpose(0, 2, 3, 1)  # PyTorch's order, channels first
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
             fail(f"--data {path}: {key} is {x.dtype} {list(x.shape)}; {wanted}")
-        if x.shape[1:3] != (32, 32):
-            name = f"{path.name}, made 32 x 32"
-            x = np.stack([to_rgb(Image.fromarray(image)) for image in x])
-        images[SPLIT_NAMES.get(key.lower(), key)] = x
-    return name, images
-
-
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """An image as uint8 [32, 32, 3]: upright as its camera was held, in RGB, resized but not cropped."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("its levels have more than 8 bits")
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((32, 32)))
+        for image in x:
+            yield SPLIT_NAMES.get(key.lower(), key), key, Image.fromarray(image)
 
 
 def check_above(excess: float, error: float) -> None:
@@ -645,7 +633,7 @@ CODECS = ("PNG", "WebP")
 
 
 def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
-    """What a lossless codec of Pillow's makes of uint8 [N, 3, 32, 32]: the mean file, headers and all, bits/dim."""
+    """The mean file of a lossless codec of Pillow's, headers and all, bits/dim. images uint8 [N, 3, 32, 32]."""
     num_bytes = 0
     for x in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -657,27 +645,24 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
 
 
 # Synthetic images: a stand-in for SVHN that needs no download, drawn by a known law: scene (font, digits, pose,
-# colours, light, blur, amount of noise), picture, noise, rounding. Given the scene, log P(levels) is known.
+# colours, light, blur, amount of noise), picture, noise, rounding.
 
 SYNTHETIC_BATCH = 1024  # images that are drawn together: part of what the set is
-# The entropy of their law, bits/dim, between E[-log2 P(image | its scene)] and that plus the cost of the scene, as
-# measured on the test split by tests/tools/floor.py (results/published/floor.json).
+# Two sides of their law's entropy, bits/dim: E[-log2 P(image | its scene)], and that plus the cost of the scene; both
+# measured by tests/tools/floor.py (results/published/floor.json).
 SYNTHETIC_ENTROPY = (1.982, 2.029)
 
 
 def make_synthetic(sizes: tuple[int, ...]) -> list[np.ndarray]:
     """Synthetic splits of these sizes, uint8 [N, 32, 32, 3] each: the first images of one endless stream."""
-    print(f"drawing {sum(sizes):,} synthetic images", flush=True)
+    print(f"drawing {sum(sizes):,} synthetic images")
     batches = itertools.islice(synthetic_batches(), -(-sum(sizes) // SYNTHETIC_BATCH))
     images = np.concatenate([images for images, _, _ in batches])
     return np.split(images, np.cumsum(sizes))[:-1]
 
 
 def synthetic_batches() -> Iterator[tuple[np.ndarray, Tensor, dict[str, Tensor]]]:
-    """The stream in batches of n: images uint8 [n, 32, 32, 3]; their pictures before the noise; their scenes.
-
-    Pictures are [n, 3, 32, 32], in grey levels.
-    """
+    """The stream: images uint8 [n, 32, 32, 3]; pictures before the noise [n, 3, 32, 32], grey levels; their scenes."""
     generator, atlas, n = torch.Generator().manual_seed(0), digit_atlas(), SYNTHETIC_BATCH
     while True:
         scenes = draw_scenes(n, generator)
@@ -949,15 +934,16 @@ def fit(
     resume: bool,
     name: str = "",
 ) -> dict[str, Any]:
-    """Minimise model.loss on splits["train"]; leave the best weights in the model, return the curves.
+    """Minimise model.loss on splits["train"]; leave the weights in the model that were best on validation.
 
-    At up to 21 steps the first examples of every split are evaluated; the best weights are those with the lowest -ELBO
-    on validation's. path: the checkpoint, written every minute and at the end. With resume, training goes on from it,
-    on the same machine to the same bits: order and noise of a step depend on seed, step and process alone. about:
-    script and arguments, for the checkpoint. name: of the model, in what is printed.
+    At up to 21 steps the first examples of every split are evaluated: the curves, which are returned. path: the
+    checkpoint, written every minute and at the end, with `about` in it. With resume, training goes on from there, on
+    one machine to the same bits: order and noise of a step depend on seed, step and process alone.
     """
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
     steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the remainder of its own random order
+    if steps_per_epoch == 0 or recipe.batch_size % world:
+        fail(f"--batch-size {recipe.batch_size} does not fit {len(train)} training examples and {world} processes")
     steps = recipe.epochs * steps_per_epoch
     optimisers = make_optimisers(model, recipe.lr, recipe.muon_lr)
     about = about | {"data": sha256_of(splits)}
@@ -965,8 +951,7 @@ def fit(
     progress.curves = {"step": [], "epoch": [], **{split: {key: [] for key in CURVE_KEYS} for split in SPLITS}}
     if resume and path.exists():
         progress = load_progress(path, about["data"], model, optimisers, steps)
-    # So few that the curves take a tenth of the time: an evaluation takes .6 of a training step, and 21 points of three
-    # splits see 21 * 3 / 360 of the examples that are trained on.
+    # So few that curves take a tenth of the time: 21 points of 3 splits see 21 * 3 / 360 of the examples trained on.
     examples = min(len(splits["valid"]), max(32, recipe.epochs * len(train) // 360))
     few = {split: x[: progress.curves.setdefault("examples", examples)] for split, x in splits.items()}
     started, saved_at = time.monotonic() - progress.seconds, -math.inf
@@ -995,23 +980,15 @@ def fit(
     return progress.curves
 
 
-def check_batch_size(batch_size: int, examples: int) -> None:
-    """Refuse a batch that the training set cannot fill, or that the processes cannot share."""
-    if batch_size > examples:
-        fail(f"--batch-size {batch_size} is more than the {examples} training examples; choose a smaller one")
-    if batch_size % rank_and_world()[1]:
-        fail(f"--batch-size {batch_size} cannot be shared evenly by {rank_and_world()[1]} processes")
-
-
 def steps_of_curve(steps: int) -> set[int]:
-    """Before the first step, after the last, and nineteen times between them, denser early: steps (k / 20)^2."""
+    """Before the first step, after the last and 19 times between them, denser early: steps (k / 20)^2."""
     return {round(steps * (k / 20) ** 2) for k in range(21)}
 
 
 def train_step(
     model: Any, optimisers: list[Any], x: Tensor, precision: str, kl_weight: float = 1.0, done: float = 0.0
 ) -> None:
-    """One step of the optimisers on this process's share x of a batch. Gradients are clipped to norm 1."""
+    """One step on this process's share x of a batch. Gradients are clipped to norm 1."""
     with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         loss = model.loss(x, kl_weight, done)
     model.zero_grad()
@@ -1031,7 +1008,7 @@ def train_step(
 def add_to_curves(
     progress: Progress, model: Any, splits: dict[str, Tensor], epoch: float, path: Path, name: str
 ) -> None:
-    """Evaluate the splits, print a line, add a row to the curves; keep the weights if validation is at its best."""
+    """Evaluate the splits, print a line, add a row to the curves; keep weights that are the best on validation."""
     curves = progress.curves
     if progress.step in curves["step"]:  # before an interruption
         return
@@ -1041,7 +1018,7 @@ def add_to_curves(
     line = f"epoch {epoch:5.2f}  step {progress.step:5d}  -ELBO bits/dim: {values}  {terms}  {progress.seconds:6.0f} s"
     tqdm.auto.tqdm.write(f"{name}  {line}" if name else line)
     if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
-        fail(f"training diverged by step {progress.step}: the bound is not a number; try a lower --lr", status=1)
+        fail(f"training diverged by step {progress.step}: the bound is not finite; try a lower --lr", status=1)
     curves["step"].append(progress.step)
     curves["epoch"].append(round(epoch, 4))
     for split, key in itertools.product(SPLITS, CURVE_KEYS):
@@ -1072,7 +1049,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def join_processes(device: str) -> None:
-    """Under torchrun, join the other processes: nccl on GPUs, of which each takes its own; gloo on CPUs."""
+    """Under torchrun, join the other processes: by nccl on GPUs, one for each process; by gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or rank_and_world()[1] > 1:
         return
     if device == "cuda":
@@ -1086,13 +1063,10 @@ def join_processes(device: str) -> None:
         sys.stdout = io.StringIO()  # rank 0 prints for all
 
 
-# Checkpoints: one file per training, always whole.
-
-
 def save_progress(
     path: Path, about: dict[str, Any], progress: Progress, model: nn.Module, optimisers: list[Any]
 ) -> None:
-    """The checkpoint: `about` (script, arguments, the data's hash), best weights as `state`, and what --resume needs."""
+    """The checkpoint: `about` (script, arguments, the data's hash), best weights (`state`), what --resume needs."""
     states = {"weights": model.state_dict(), "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
     buffer = io.BytesIO()
     torch.save({**about, "state": progress.best_weights, "progress": vars(progress) | states}, buffer)
@@ -1100,7 +1074,7 @@ def save_progress(
 
 
 def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any], steps: int) -> Progress:
-    """Set weights and optimisers to what the checkpoint holds, and return where it stands. data: the data's hash."""
+    """Give model and optimisers what the checkpoint holds; return where it stands. data: the data's hash."""
     saved = read_checkpoint(path)
     state = saved["progress"]
     if saved["data"] != data:
@@ -1110,12 +1084,12 @@ def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any]
     model.load_state_dict(state.pop("weights"))
     for optimiser, saved_state in zip(optimisers, state.pop("optimisers"), strict=True):
         optimiser.load_state_dict(saved_state)
-    print(f"going on from {path}, step {state['step']} of {steps}", flush=True)
+    print(f"going on from {path}, step {state['step']} of {steps}")
     return Progress(**state)
 
 
 def read_checkpoint(path: Path, script: str = "") -> dict[str, Any]:
-    """What `save_progress` wrote, of this script; no code in it is ever run (`weights_only`)."""
+    """What `save_progress` wrote, of this script; no code in it is run (`weights_only`)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about strange files: the error says enough
@@ -1139,9 +1113,9 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
 
 
 def claim(out: Path, resume: bool) -> filelock.FileLock | None:
-    """Make the folder this run's own, as long as the lock that is returned is kept; refused if another run is alive.
+    """Make the folder this run's own for as long as the lock is kept; refused if another run is alive there.
 
-    Results of an earlier run are moved, whole, to a folder with a number: OUT/q2b to OUT/q2b.1; with resume they stay.
+    An earlier run's results are moved, whole, to a folder with a number, OUT/q2b to OUT/q2b.1; with resume they stay.
     """
     if rank_and_world()[0]:  # rank 0 writes for all
         return None
@@ -1166,7 +1140,7 @@ def claim(out: Path, resume: bool) -> filelock.FileLock | None:
 
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """A file that is never half written: a temporary one, then a rename. Rank 0 writes for all processes."""
+    """A file that is never half written: a temporary one, then a rename. Rank 0 alone writes."""
     if not rank_and_world()[0]:
         part = path.with_name(path.name + ".part")
         part.write_bytes(contents)
@@ -1243,8 +1217,8 @@ def plot_curves(metrics: dict[str, Any], title: str, path: Path) -> None:
 
 
 def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
-    """Panels of images, {panel's title: uint8 [N, 3, 32, 32]}, side by side or stacked; 2 x 2 dots of each pixel."""
-    from torchvision.utils import make_grid  # here, as it takes two seconds, which question 1 can do without
+    """Panels {title: images uint8 [N, 3, 32, 32]}, side by side or stacked; a pixel is 2 x 2 dots."""
+    from torchvision.utils import make_grid  # here, as it takes two seconds
 
     grids = [make_grid(images.cpu(), columns, padding=1, pad_value=255) for images in panels.values()]
     grids = [F.pad(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), (10, 10, 30, 0), value=255) for grid in grids]
@@ -1278,12 +1252,12 @@ def between_ends(images: Tensor, decoded: Tensor) -> Tensor:
 
 
 def evenly_spaced(x: Tensor, n: int) -> Tensor:
-    """At most n examples, an even number, at equal distances in x: neighbours may look alike. [N, ...] -> [n, ...]."""
+    """At most n examples, an even number, from all over x: neighbours may look alike. [N, ...] -> [n, ...]."""
     return x[torch.linspace(0, len(x) - 1, min(n, len(x)) // 2 * 2).long().to(x.device)]
 
 
 def write_images(images: Tensor, folder: Path, first: int) -> None:
-    """Single images, uint8 [N, 3, 32, 32], as PNG files 0000.png, 0001.png, ... from number `first` on."""
+    """uint8 [N, 3, 32, 32] as single files 0000.png, 0001.png, ..., from number `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         Image.fromarray(image).save(folder / f"{first + k:04d}.png")
@@ -1292,44 +1266,40 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
 def training_text(metrics: dict[str, Any]) -> str:
     """A report's lines on the data, the model and its training."""
     args, data, curves, env = metrics["args"], metrics["data"], metrics["curves"], metrics["env"]
-    smoke = "**A --smoke run on tiny sizes: it tests the path, and its numbers tell nothing.**\n\n" * args["smoke"]
+    smoke = "**A --smoke run on tiny sizes: its numbers tell nothing.**\n\n" * args["smoke"]
     unfinished = " **The training was not finished.**" * (curves["epoch"][-1] < args["epochs"])
-    trained = "by an earlier run" if args["evaluate"] else f"on {env['device']}, in {env['precision']}"
+    machine = "by an earlier run" if args["evaluate"] else f"on {env['device']}, in {env['precision']}"
     return f"""{smoke}Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,}
 test images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8. Trained to epoch {curves["epoch"][-1]:g}
-in {curves["seconds"]:,.0f} s {trained}. Batches of {args["batch_size"]}; peak rates {args["lr"]:g} (Adam) and
+in {curves["seconds"]:,.0f} s, {machine}; batches of {args["batch_size"]}, peak rates {args["lr"]:g} (Adam) and
 {args["muon_lr"]:g} (Muon).{unfinished}"""
 
 
 def bounds_text(metrics: dict[str, Any]) -> str:
-    """A report's answer to what an image costs: the bounds of each split, beside lossless codecs."""
+    """A report's answer to what an image costs: the bound on each split, beside lossless codecs."""
     final, curves, gap = metrics["final"], metrics["curves"], metrics["check_prior_nats"]
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics["test_codecs_bpd"].items())
     rows = "\n".join(
         f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
         for name, f in final.items()
     )
-    entropy = ""
-    if metrics["args"]["data"] == "synthetic":
-        low, high = SYNTHETIC_ENTROPY
-        entropy = f"\nThe entropy of the synthetic images' law is between {low} and {high} bits/dim (dark band)."
+    entropy = "Dark band: the entropy of the synthetic images' law." if metrics["args"]["data"] == "synthetic" else ""
     verdict = "" if gap <= 1e-6 else " **CHECK FAILED: trust no KL here.**"
-    return f"""**A test image costs at most {final["test"]["neg_elbo_bpd"]:.3f} bits/dim, on average.** Lossless files of
-the first test images (1,000 at most), headers and all, in bits/dim: {codecs}. A uniform guess costs 8.
+    return f"""**A test image costs at most {final["test"]["neg_elbo_bpd"]:.3f} bits/dim, on average.** A uniform guess
+costs 8. Lossless files of the first test images (1,000 at most), headers and all: {codecs}.
 
 | split | −ELBO, bits/dim | KL term | decoder term |
 |---|---|---|---|
 {rows}
 
-Upper bounds on the mean code length of the 8-bit images, in fp32 on fixed noise; −ELBO is the sum of the two terms.
-± is one standard error over images, the noise of one draw per image included. "train": its first images, as many as
-validation has. Check of the prior (0 up to rounding): at a z that it draws, log p(z) differs by {gap:.1g} nats from
-what autograd's Jacobian gives.{verdict}
+Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise; −ELBO is the sum of the two terms. ± is one
+standard error over images; it includes the noise of one draw per image. "train": its first images, as many as
+validation has. Check of the prior, 0 up to rounding: log p(z) is {gap:.1g} nats from what autograd gives.{verdict}
 
 ![curves](curves.png)
 
-The bounds during training, on the first {curves["examples"]:,} images of each split of the data that were trained on.
-The weights kept are those of epoch {curves["best_epoch"]:g}, the best on validation.{entropy}"""
+The bounds during training, on the first {curves["examples"]:,} images of each split. The weights kept are the best on
+validation, of epoch {curves["best_epoch"]:g}. {entropy}"""
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -1343,7 +1313,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """main(), as a script: an interruption, and a machine that runs out of memory, end it with one line."""
+    """main(), as a script: an interruption, or a lack of memory, ends it with one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a log shows each line at once; a console without a letter shows a ?
             stream.reconfigure(line_buffering=True, errors="replace")
@@ -1361,7 +1331,7 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def pasted_into_cell() -> bool:
-    """Whether this code is a cell of a Jupyter or Colab kernel, whose command line is the kernel's, not the user's."""
+    """Whether this is a cell of a Jupyter or Colab kernel, whose command line is not the user's."""
     return os.path.basename(sys.argv[0]) in ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
@@ -1378,7 +1348,7 @@ def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, strict about abbreviations, with errors in one line, and the flags that all (image) scripts have."""
+    """argparse without abbreviations, with errors in one line, and the flags of all scripts or of all image scripts."""
 
     def __init__(self, script: str, images: bool = False):
         show_defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -1445,7 +1415,7 @@ def parse_args(
         if differing := differences(saved, {k: v for k, v in typed.items() if k not in OF_ONE_COMMAND | may_differ}):
             fail(f"{path} is of a run with other arguments: {differing}; leave them out, or start a new run")
         values |= saved | typed
-    print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items()), flush=True)
+    print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items()))
     return argparse.Namespace(**values), out
 
 
@@ -1466,8 +1436,7 @@ def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS)
     elif not present[device]:
         fail(f"--device {device}: this machine or this build of torch has none; use --device auto")
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32, not TF32: in matrix products, and
-    torch.backends.cudnn.allow_tf32 = False  # in convolutions, where cuDNN's default is TF32
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32; in matrix products that is torch's default
     join_processes(device)
     if device == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
@@ -1475,8 +1444,8 @@ def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS)
         checks = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
         native = device == "cpu" and any(check() for check in checks)
     if precision == "bf16" and not native:
-        print("warning: this machine does not multiply bf16 but emulates it, slowly; --precision fp32 is faster")
+        print("warning: this machine emulates bf16, slowly; --precision fp32 is faster")
     elif precision == "auto":
         precision = "bf16" if native else "fp32"
-    print(f"on {device}, {torch.get_num_threads()} threads, {precision} training steps", flush=True)
+    print(f"on {device}, {torch.get_num_threads()} threads, {precision} training steps")
     return device, precision

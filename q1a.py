@@ -245,7 +245,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. Data.
     sets = {name: core.split_points(name, make_points(name)[: 5000 if args.smoke else None]) for name in TURN}
-    core.check_batch_size(args.batch_size, len(sets["data1"].splits["train"]))
     _lock = core.claim(out, args.resume)  # until main returns
 
     # 2. Four trainings, and what is measured of each model.

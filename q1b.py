@@ -327,7 +327,6 @@ def main(argv: list[str] | None = None) -> None:
     splits = {k: x.to(device) for k, x in data.splits.items()}
     measured = {k: x[: len(splits["test"])] for k, x in splits.items()}
     floors = {k: -true_log_prob(x) for k, x in measured.items()}
-    core.check_batch_size(args.batch_size, len(splits["train"]))
     _lock = core.claim(out, args.resume)  # until main returns
 
     # 2. The short run, two trainings from where it ends, and what is measured of both models.

@@ -83,8 +83,6 @@ def main(argv: list[str] | None = None) -> None:
         args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
         args.kl_warmup, args.seed, precision,
     )  # fmt: skip
-    if not args.evaluate:
-        core.check_batch_size(args.batch_size, len(splits["train"]))
     _lock = core.claim(out, args.resume)  # until main returns
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)

@@ -256,8 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     path_2a = out.with_name("q2a") / "checkpoint.pt"
     if comparing:
         refuse_another_2a(path_2a, of_2a, data.describe()["sha256"])
-    if not args.evaluate:
-        core.check_batch_size(args.batch_size, len(splits["train"]))
     _lock = core.claim(out, args.resume)  # until main returns
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)
