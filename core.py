@@ -1216,6 +1216,19 @@ def plot_curves(metrics: dict[str, Any], title: str, path: Path) -> None:
     save_figure(fig, path)
 
 
+def plot_point_curves(curves: dict[str, Any], floors: dict[str, Any], path: Path) -> None:
+    """Curves of question 1's models. floors: {model: {split: the true density on the curve's points, bits/dim}}."""
+    fig, axes = plt.subplots(len(curves), 3, figsize=(11, 3 * len(curves)), sharex=True, layout="constrained")
+    for row, (name, curve) in zip(axes, curves.items(), strict=True):
+        draw_curves(row, curve)
+        for split, line in zip(SPLITS, row[0].lines, strict=True):
+            row[0].axhline(floors[name][split], color=line.get_color(), ls=":")
+        row[0].set_ylim(bottom=min(row[0].get_ylim()[0], min(floors[name].values()) - 0.005))
+        row[0].set_title(f"{name}: −ELBO", fontsize=10)
+    fig.suptitle("Dotted: −log p(x) of the true density, on the same points as the curve of that colour")
+    save_figure(fig, path)
+
+
 def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
     """Panels {title: images uint8 [N, 3, 32, 32]}, side by side or stacked; a pixel is 2 x 2 dots."""
     from torchvision.utils import make_grid  # here, as it takes two seconds
@@ -1263,6 +1276,11 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
         Image.fromarray(image).save(folder / f"{first + k:04d}.png")
 
 
+def with_error(found: dict[str, Any], name: str) -> str:
+    """A mean and its standard error, "3.4919 ± 0.0034", from NAME_bpd and NAME_se_bpd."""
+    return f"{found[name + '_bpd']:.4f} ± {found[name + '_se_bpd']:.4f}"
+
+
 def training_text(metrics: dict[str, Any]) -> str:
     """A report's lines on the data, the model and its training."""
     args, data, curves, env = metrics["args"], metrics["data"], metrics["curves"], metrics["env"]
@@ -1280,7 +1298,7 @@ def bounds_text(metrics: dict[str, Any]) -> str:
     final, curves, gap = metrics["final"], metrics["curves"], metrics["check_prior_nats"]
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics["test_codecs_bpd"].items())
     rows = "\n".join(
-        f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
+        f"| {name} | {with_error(f, 'neg_elbo')} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
         for name, f in final.items()
     )
     entropy = "Dark band: the entropy of the synthetic images' law." if metrics["args"]["data"] == "synthetic" else ""

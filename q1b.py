@@ -46,8 +46,8 @@ def make_points() -> tuple[np.ndarray, np.ndarray]:
 def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
     """log p(x) of the density that made the set. [N, 2] -> [N], nats.
 
-    One third each of two round normals and of a normal whose mean is (2 cos t, -sin t), t uniform on [0, pi]; the
-    integral over t by the midpoint rule, whose steps on the arc, at most 2 pi / 1000, are far below the noise's 0.2.
+    One third each of two round normals and of a normal whose mean is (2 cos t, -sin t), t uniform on [0, pi]; over t by
+    the midpoint rule, whose steps on the arc, at most 2 pi / 1000, are far below the noise's 0.2.
     """
     t = (torch.arange(nodes, dtype=torch.float64) + 0.5) * math.pi / nodes
     arc = torch.stack([2 * torch.cos(t), -torch.sin(t)], 1)
@@ -63,12 +63,10 @@ def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
 def start_model() -> VAE:
     """A model with an isotropic decoder, for a short run: where both models start.
 
-    What its first epochs do with the clusters stays: a cluster that they tear apart is never mended, and a diagonal
-    decoder often lumps two together. So in the short run the KL's weight rises from 0: the code is used before it is
-    charged for. And the decoder's first weights from z2 start at 0, so that z1 is used first: the clusters come to lie
-    side by side along z1. That suits q(z|x), in which z1 and z2 are independent. At a border between two clusters that
-    is a line of constant z1, the true posterior is nearly so too; at a slanted border, or where three clusters meet, it
-    is not.
+    What the first epochs do with the clusters stays: one that they tear apart is never mended, and a diagonal decoder
+    often lumps two together. So the short run charges for the code only by and by; and the decoder's weights from z2
+    start at 0, so that z1 is used first and the clusters come to lie side by side along z1. A border between two of
+    them is then a line of constant z1, where the true posterior is nearly a product, as q(z|x) is.
     """
     model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
     with torch.no_grad():
@@ -117,8 +115,8 @@ def log_weights(model: VAE, x: Tensor, draws: int) -> Tensor:
 def with_errors(name: str, groups: Tensor) -> dict[str, float]:
     """The mean over N points of their estimates, with two kinds of standard error. groups [G, N], nats -> bits/dim.
 
-    A point's estimate is the mean over G groups of draws. se is the error over points, in which the noise of the draws
-    is contained; mc_se is of the draws alone: sqrt(sum_n s_n^2 / G) / N, with s_n^2 the variance of a point's groups.
+    A point's estimate is the mean over G groups of draws. se is the error over points, that of the draws included; mc_se
+    is of the draws alone: sqrt(sum_n s_n^2 / G) / N, with s_n^2 the variance of a point's groups.
     """
     bits = bits_per_dim(groups, 2)
     of_draws = (bits.var(0).sum() / len(bits)).sqrt().item() / bits.shape[1]
@@ -153,8 +151,8 @@ def compare_bounds(model: VAE, x: Tensor) -> dict[str, Any]:
 def codes_against_prior(z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
     """log q(z) - log p(z) at each z [M, 2], with q(z) the mean of q(z|x_n) over all N examples; [M], nats.
 
-    With z ~ q(z) its mean is KL(q(z) || p(z)), how far the codes of all examples together lie from the prior N(0, I).
-    mu, log_std [N, 2]. log q(z|x) is a quadratic in z, so all pairs are two matrix products.
+    With z ~ q(z) its mean is KL(q(z) || p(z)). mu, log_std [N, 2]. log q(z|x) is a quadratic in z, so all pairs are two
+    matrix products.
     """
     z, mu, log_std = (t.cpu().double() for t in (z, mu, log_std))
     precision = torch.exp(-2 * log_std)
@@ -185,17 +183,16 @@ def report(metrics: dict[str, Any]) -> str:
     """The deliverables in the handout's order, every number from metrics."""
     final, data, curves = metrics["final"], metrics["data"], metrics["curves"].values()
     diagonal, isotropic = final["diagonal"], final["isotropic"]
-    rows = [(name, split, final[name][split]) for name in final for split in core.SPLITS]
     bounds = "\n".join(
-        f"| {name} | {split} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['kl_bpd']:.4f} "
-        f"| {f['recon_bpd']:.4f} | {f['floor_bpd']:.4f} | {f['excess_bpd']:+.4f} ± {f['excess_se_bpd']:.4f} |"
-        for name, split, f in rows
+        f"| {name} | {split} | {core.with_error(f, 'neg_elbo')} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} "
+        f"| {f['floor_bpd']:.4f} | {core.with_error(f, 'excess')} |"
+        for name in final
+        for split, f in ((split, final[name][split]) for split in core.SPLITS)
     )
     first = {name: f["first100"] for name, f in final.items()}
     iwae_rows = "\n".join(
-        f"| {name} | {f['neg_elbo_bpd']:.4f} ± {f['neg_elbo_se_bpd']:.4f} | {f['neg_iwae100_bpd']:.4f} ± "
-        f"{f['neg_iwae100_se_bpd']:.4f} | {f['elbo_gap_bpd']:.4f} ± {f['elbo_gap_se_bpd']:.4f} | {f['floor_bpd']:.4f} "
-        f"| {f['neg_iwae100_minus_floor_bpd']:+.4f} ± {f['neg_iwae100_minus_floor_se_bpd']:.4f} |"
+        f"| {name} | {core.with_error(f, 'neg_elbo')} | {core.with_error(f, 'neg_iwae100')} "
+        f"| {core.with_error(f, 'elbo_gap')} | {f['floor_bpd']:.4f} | {core.with_error(f, 'neg_iwae100_minus_floor')} |"
         for name, f in first.items()
     )
     return f"""# 1B: three clusters in the plane
@@ -215,12 +212,11 @@ All numbers are bits per dimension, ± one standard error over points.
 
 ![curves](curves.png)
 
-The floor is −log p(x) of the density that made the data, by quadrature along the arc, on the same points. The KL is in
-closed form, the decoder term the mean over 64 draws of z per point. The ± includes the error of the draws (at most
-{max(f["test"]["neg_elbo_mc_se_bpd"] for f in final.values()):.4f} on test). Train stands for its first points, as many
-as test has. Both models start, at step 0 of the curves, from a short run with an isotropic decoder. In it the KL's
-weight rose from 0 to 1, and the decoder's weights from z₂ began at 0, so that z₁ was used first. The weights kept are
-the best on validation. Curves show one draw of z for each of the first points of a split.
+Floor: −log p(x) of the density that made the data, by quadrature, on the same points. The KL is in closed form, the
+decoder term the mean over 64 draws of z per point. The ± includes the error of the draws (at most
+{max(f["test"]["neg_elbo_mc_se_bpd"] for f in final.values()):.4f} on test). Train: its first points, as many as test
+has. Both models start, at step 0, from a short run with an isotropic decoder, in which the KL's weight rose from 0 to 1
+and z₁ was used first. The weights kept are the best on validation. Curves: one draw of z for each of the first points.
 
 ## 2. Samples
 
@@ -228,18 +224,16 @@ the best on validation. Curves show one draw of z for each of the first points o
 
 ## 3. Latents of training data
 
-**The distribution of all codes, q(z), is {diagonal["marginal_kl_bpd"]:.4f} ± {diagonal["marginal_kl_se_bpd"]:.4f}
-(diagonal) and {isotropic["marginal_kl_bpd"]:.4f} ± {isotropic["marginal_kl_se_bpd"]:.4f} (isotropic) bits/dim from the
-prior (KL).** It is part of the KL term: a continuous map of one Gaussian onto three separate clusters has to cross the
-gaps between them, so that a part of the prior is no point's code. (From 2,000 codes, with all training posteriors in
-the mixture.)
+**The distribution of all codes, q(z), is {core.with_error(diagonal, "marginal_kl")} (diagonal) and
+{core.with_error(isotropic, "marginal_kl")} (isotropic) bits/dim from the prior (KL).** It is part of the KL term: a
+continuous map of one Gaussian onto three separate clusters has to cross the gaps between them.
 
 ![latents](latents.png)
 
 Each point is one z ~ q(z|x) of a training point, coloured by its label; the circles are 1, 2 and 3 prior stds. The
 diagonal decoder's median stds are {" for x₁ and ".join(f"{v:.3f}" for v in diagonal["decoder_median_stds"])} for x₂,
-the isotropic one's {isotropic["decoder_median_stds"][0]:.3f} for both. The clusters' own noise has std {STD}. Where the
-decoder's std is below that, z must encode the cluster's spread, and costs a larger KL (section 1).
+the isotropic one's {isotropic["decoder_median_stds"][0]:.3f} for both. Where the decoder's std is below the clusters'
+own, {STD}, z must encode the cluster's spread, and costs a larger KL.
 
 ## 4. The first 100 test points: IWAE with 100 samples against the ELBO
 
@@ -250,12 +244,12 @@ decoder's std is below that, z must encode the cluster's spread, and costs a lar
 |---|---|---|---|---|---|
 {iwae_rows}
 
-Both bounds use the same {DRAWS_PER_POINT:,} samples of z for each point: the ELBO is the mean of log w, the IWAE
-objective the log of the mean of 100 weights, averaged over {DRAWS_PER_POINT // 100} groups. The more the weights of a
-point differ, the farther IWAE is above the ELBO. The effective sample size of 100 weights is
+Both bounds use the same {DRAWS_PER_POINT:,} samples of z for each point: the ELBO is the mean of log w, IWAE-100 the log
+of the mean of 100 weights, averaged over {DRAWS_PER_POINT // 100} groups. The more the weights of a point differ, the
+farther IWAE is above the ELBO: the effective sample size of 100 weights is
 {first["diagonal"]["effective_samples_of_100"]:.0f} (diagonal) and {first["isotropic"]["effective_samples_of_100"]:.0f}
-(isotropic). What is left however many samples are taken is due to the model's density, not to q(z|x). The ± includes
-the error of the draws (at most {max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and
+(isotropic). What is left with many samples is due to the model's density, not to q(z|x). The ± includes the error of
+the draws (at most {max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and
 {max(f["neg_iwae100_mc_se_bpd"] for f in first.values()):.4f} for IWAE).
 
 ![IWAE against the number of samples](iwae.png)
@@ -304,19 +298,6 @@ def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, pa
     core.save_figure(fig, path)
 
 
-def plot_both_curves(curves: dict[str, Any], floors: dict[str, Any], final: dict[str, Any], path: Path) -> None:
-    """The curves of the two models. floors: {model: {split: the true density on the curve's points, bits/dim}}."""
-    fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, layout="constrained")
-    for row, (name, curve) in zip(axes, curves.items(), strict=True):
-        core.draw_curves(row, curve)
-        for split, line in zip(core.SPLITS, row[0].lines, strict=True):
-            row[0].axhline(floors[name][split], color=line.get_color(), ls=":")
-        row[0].set_ylim(bottom=min(row[0].get_ylim()[0], min(floors[name].values()) - 0.01))
-        row[0].set_title(f"{name}: −ELBO, test {final[name]['test']['neg_elbo_bpd']:.4f} bits/dim", fontsize=10)
-    fig.suptitle("Dotted: −log p(x) of the true density, on the same points as the curve of that colour")
-    core.save_figure(fig, path)
-
-
 def main(argv: list[str] | None = None) -> None:
     args, out = core.parse_args(core.Parser("q1b"), argv, DEFAULTS, SMOKE, checkpoint="short_run.pt")
     device, _ = core.choose_machine(args.device, threads=1)  # the networks are too small to share out
@@ -354,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         name: {k: bits_per_dim(floor[: curve["examples"]].mean().item(), 2) for k, floor in floors.items()}
         for name, curve in curves.items()
     }
-    plot_both_curves(curves, of_curves, final, out / "curves.png")
+    core.plot_point_curves(curves, of_curves, out / "curves.png")
     samples = {name: model.sample(5000, core.fixed_noise("samples")) for name, model in models.items()}
     plot_samples(samples, data.splits["test"], final, out / "samples.png")
     plot_iwae(final, out / "iwae.png")
