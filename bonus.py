@@ -10,8 +10,8 @@ not go through z: the smaller the receptive field, the more should (arXiv:1611.0
     python bonus.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
     python bonus.py --evaluate results/bonus/checkpoint.pt --data FILE.npz  ->  results/bonus/evaluate/report.md
 
-Then the same PixelCNN is trained without a code, for as many epochs, and a model for each of three receptive fields, for
-a fifth of the epochs each (`--table-epochs`). With --epochs 20 these take nearly half of the time.
+Then the same PixelCNN is trained without a code, for as many epochs, and models with receptive fields 1, 2 and 3, for a
+fifth of the epochs each (`--table-epochs`): with --epochs 20 nearly half of the time.
 """
 
 import copy
@@ -20,13 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from core import VAE, ConvDecoder, ConvEncoder, FlowPrior, StandardNormal, Terms, bits_per_dim
+from core import VAE, ConvDecoder, ConvEncoder, FlowPrior, StandardNormal, bits_per_dim
 
 COMPONENTS = 10  # K, the logistics in a pixel's mixture
 PER_COMPONENT = 1 + 3 + 3 + 3  # parameters: its logit; and for each colour a mean, a log scale and a coefficient
@@ -35,16 +34,8 @@ GAIN = 8  # by which the differences between neighbours are enlarged before the 
 RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
 DEFAULTS = dict(
-    epochs=20,
-    batch_size=16,
-    lr=2e-3,
-    muon_lr=0.012,
-    latents=16,
-    data="svhn",
-    receptive_field=3,
-    prior="flow",
-    blind=1.0,
-)
+    epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn", receptive_field=3, prior="flow", blind=1.0
+)  # fmt: skip
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic", table_epochs=1)
 
 
@@ -83,8 +74,8 @@ def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> T
     """log P of pixels under a mixture each, the colours of a component in the order R -> G -> B, summed over pixels.
 
     A component's mean of G is moved by c0 (R - mu_R), its mean of B by c1 (R - mu_R) + c2 (G - mu_G), with R and G the
-    true levels' bin centres in [-1, 1]: so the three colours are one joint distribution (Salimans et al. 2017,
-    arXiv:1701.05517, section 2.2; there without the subtraction, which is the same family in other coordinates).
+    true levels' bin centres: the three colours are one joint distribution (Salimans et al. 2017, arXiv:1701.05517,
+    section 2.2; there without the subtraction, the same family in other coordinates).
     levels [B, 3, H, W] integers, params [B, 10 K, H, W] -> [B], nats.
     """
     logits, mu, log_scale, coefficients = split_params(params)
@@ -122,8 +113,7 @@ class LocalPixelCNN(nn.Module):
     """Mixture parameters of every pixel, from z and from its neighbours before it in raster order.
 
     Its T = 2 n (n + 1) neighbours are those in n = `receptive_field` rows above, up to n columns to each side, and n to
-    its left (in the paper's notation n = 3 is 7 x 4). They are gathered; a 1 x 1 convolution of them is added to z's
-    features of that pixel; the rest is 1 x 1 too, so that nothing else is seen.
+    its left (the paper's 7 x 4 is n = 3). They are gathered; all else is 1 x 1, so that nothing else is seen.
 
     Neighbouring pixels are nearly equal, and what is new is in their small differences. So a neighbour is seen as its
     difference from the average of the pixels to the left and above. The mixture's means are corrections to that
@@ -150,8 +140,8 @@ class LocalPixelCNN(nn.Module):
     def neighbours(self, x: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """What is seen of x [B, 3, 32, 32] by the pixels in rows i and columns j, int64, which broadcast to [P, Q].
 
-        -> [B, 4 T + 3, P, Q]: GAIN (neighbour - average) for each colour, outside the image 0; whether the neighbour is
-        inside, 1 or 0; and the average, of those of the two pixels that are inside (in the corner none, and it is 0).
+        -> [B, 4 T + 3, P, Q]: GAIN (neighbour - average) for each colour, 0 outside the image; whether the neighbour is
+        inside, 1 or 0; and the average, of those of its two pixels that are inside (0 in the corner).
         """
         n = self.receptive_field
         t = torch.arange(2 * n * (n + 1), device=x.device)[:, None, None]  # in raster order; the pixel itself is next
@@ -176,8 +166,8 @@ class LocalPixelCNN(nn.Module):
     def sample(self, z: Tensor, u: Tensor, slope: int | None = None) -> Tensor:
         """x ~ p(x|z) from u ~ U[0, 1) [B or 1, K + 3, 32, 32] (see `mixture_sample`): uint8 [B, 3, 32, 32].
 
-        One anti-diagonal after the other (see `wavefronts`), at the new positions only. In float64 and on the CPU, so
-        that any slope that is large enough, and every device, draws the same levels.
+        One anti-diagonal after the other (`wavefronts`), at the new positions only; in float64 and on the CPU, so that
+        every device, and any slope that is large enough, draws the same levels.
         """
         net = copy.deepcopy(self).cpu().double()
         features = self.features(z).cpu().double()
@@ -191,8 +181,8 @@ class LocalPixelCNN(nn.Module):
 def wavefronts(slope: int) -> list[tuple[Tensor, Tensor]]:
     """The 32 x 32 positions in groups of equal j + slope i, in that order: rows i and columns j, each int64 [P, 1].
 
-    With slope n + 1 every neighbour is in an earlier group: n columns to the right and one row up is n - slope = -1. So
-    a group is drawn at once. With slope 32 every group is one pixel: raster order.
+    With slope n + 1 every neighbour is in an earlier group (n columns to the right and a row up: n - slope = -1), so a
+    group is drawn at once. With slope 32 every group is one pixel: raster order.
     """
     groups = [[i for i in range(32) if 0 <= k - slope * i < 32] for k in range(31 * slope + 32)]
     rows = [torch.tensor(group, device="cpu")[:, None] for group in groups]
@@ -269,42 +259,19 @@ def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
 def table_text(rows: list[dict[str, Any]]) -> str:
     """Whether the receptive field moves the code, then the table, from the rows alone."""
     lines = "\n".join(
-        f"| {r['receptive_field']} | {r['neg_elbo_bpd']:.4f} ± {r['neg_elbo_se_bpd']:.4f} "
-        f"| {r['kl_bpd']:.4f} ± {r['kl_se_bpd']:.4f} | {r['recon_bpd']:.4f} |"
+        f"| {r['receptive_field']} | {core.with_error(r, 'neg_elbo')} | {core.with_error(r, 'kl')} | {r['recon_bpd']:.4f} |"
         for r in rows
     )
-    kl = [r["kl_bpd"] for r in rows]
-    error = math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
-    verdict = "The KL does not clearly fall as the receptive field grows: this budget does not show the trade."
+    kl, error = [r["kl_bpd"] for r in rows], math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
+    verdict = "A smaller field did not clearly put more into z."
     if kl == sorted(kl, reverse=True) and kl[0] - kl[-1] > 2 * error:
-        verdict = "The more of its neighbours a pixel sees, the less goes into z: the KL falls in every row."
+        verdict = "The more of its neighbours a pixel sees, the less goes into z."
     return f"""**{verdict}** Epochs of each row: {rows[0]["epochs"]}; one seed, on test.
 
 | pixels seen above and left | −ELBO, bits/dim | KL: the code | decoder: the rest |
 |---|---|---|---|
 {lines}
-
-![receptive fields](receptive_fields.png)
 """
-
-
-def plot_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL against decoder term, one point for each row of the table."""
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for r in rows:
-        ax.errorbar(r["kl_bpd"], r["recon_bpd"], xerr=r["kl_se_bpd"], fmt="o", capsize=3)
-        ax.text(r["kl_bpd"], r["recon_bpd"], f"  {r['receptive_field']}", va="bottom", fontsize=9)
-    ax.set(xlabel="KL: the code, bits/dim (± 1 s.e.)", ylabel="decoder term, bits/dim")
-    ax.margins(0.12)  # room for the labels
-    ax.set_title(f"Receptive fields after {rows[0]['epochs']} epochs each, test", fontsize=10)
-    core.save_figure(fig, path)
-
-
-def nearest(samples: Tensor, train: Tensor) -> Tensor:
-    """For each sample the training image at the least squared distance. uint8 [S, ...], [N, ...] -> [S, ...]."""
-    x = samples.flatten(1).float()
-    distances = [torch.cdist(x, some.flatten(1).float()) for some in train.split(4096)]  # less memory than all at once
-    return train[torch.cat(distances, 1).argmin(1)]
 
 
 def code_text(metrics: dict[str, Any]) -> str:
@@ -314,28 +281,25 @@ def code_text(metrics: dict[str, Any]) -> str:
     bound = metrics["final"]["test"]["neg_elbo_bpd"]
     pays = "Whether it pays is not known here: the PixelCNN without a code was not trained."
     if no_code := metrics.get("no_code"):
-        above, error_of_above = no_code["above_bpd"], no_code["above_se_bpd"]
-        verdict = "is worse without it" if above > 0 else "is better without it"
-        verdict = verdict if abs(above) > 2 * error_of_above else "is as good without it"
-        pays = f"""**The model {verdict}**: the same PixelCNN without latents, trained for as many epochs, needs
-{no_code["neg_elbo_bpd"]:.4f} bits/dim, {abs(above):.4f} ± {error_of_above:.4f} {"more" if above > 0 else "less"} than
-{bound:.4f} with the code (paired by image; one seed each, whose spread is not in the error)."""
+        above, two_errors = no_code["above_bpd"], 2 * no_code["above_se_bpd"]
+        without = "worse" if above > two_errors else "better" if above < -two_errors else "as good"
+        pays = f"""**Without a code the PixelCNN is {without}**: trained for as many epochs, it needs
+{no_code["neg_elbo_bpd"]:.4f} bits/dim, {above:+.4f} ± {no_code["above_se_bpd"]:.4f} against {bound:.4f} with the code
+(paired by image; one seed each, whose spread is not in the error)."""
     positions = [bits for row in metrics["test_kl_per_position_bits"] for bits in row]
     return f"""**The code {used}**: given another image's z, an image costs {cost:.4f} ± {error:.4f} bits/dim more (the
 first 4,000 test images, at most).
 
 {pays}
 
-The code of a test image holds at most {sum(positions):,.0f} bits of the {3072 * bound:,.0f} that the image costs:
+The code of a test image holds at most {sum(positions):,.0f} of the {3072 * bound:,.0f} bits that the image costs:
 {min(positions):.2f} to {max(positions):.2f} at a position of the 8 x 8 grid, where 0 would be a collapse to the prior.
-To prevent a collapse, training added a loss that sees no neighbours (`--blind {metrics["args"]["blind"]:g}`), fading to 0."""
+To prevent a collapse, training added a loss that sees no neighbours (`--blind {metrics["args"]["blind"]:g}`, fading)."""
 
 
 def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
     args, rows = metrics["args"], metrics.get("receptive_fields")
-    neighbours = "\nTen of them, and the training images nearest to each:\n\n![neighbours](neighbours.png)\n"
-    neighbours = neighbours if metrics["data"]["train"] else ""
     table = table_text(rows) if rows else "No receptive-field table was made (`--table-epochs`)."
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
 
@@ -348,14 +312,12 @@ def report(metrics: dict[str, Any]) -> str:
 ## 2. Samples
 
 ![samples](samples.png)
-{neighbours}
+
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
 
-## Reconstructions
-
-![reconstructions](reconstructions.png)
+## Reconstructions: what z keeps, and what the PixelCNN redraws
 
 ![lossy](lossy.png)
 
@@ -370,32 +332,26 @@ def report(metrics: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def draw_figures(model: LossyVAE, splits: dict[str, Tensor], title: str, out: Path) -> None:
-    """100 samples, the training images nearest to ten of them, interpolations, reconstructions, what is redrawn."""
+def draw_figures(model: LossyVAE, test: Tensor, title: str, out: Path) -> None:
+    """100 samples, interpolations of five pairs of test images, and three draws of each from its code."""
     x = model.draw_levels(model.prior.sample(100, core.fixed_noise("samples")), "pixels")
     core.plot_images({"x ~ p(x|z), z ~ p(z)": x}, 10, f"{title}\n100 samples", out / "samples.png")
-    if len(splits["train"]):
-        panels = {"samples": x[:10], "their nearest training images": nearest(x[:10], splits["train"])}
-        core.plot_images(panels, 10, f"Not copies: {title}", out / "neighbours.png", stacked=True)
 
-    images = core.evenly_spaced(splits["test"], 10)
+    images = core.evenly_spaced(test, 10)
     with torch.no_grad():
         codes, _ = model.encoder(core.bin_centres(images))  # the posterior's means
         eps, _ = model.prior.z_to_eps(codes)
-    in_z = model.draw_levels(core.straight_lines(codes, steps=10), "pixels", same=True)
-    panels = {"straight in z": core.between_ends(images, in_z)}
+    paths = {"straight in z": core.straight_lines(codes, steps=10)}
     if isinstance(model.prior, FlowPrior):
-        in_eps = model.draw_levels(model.prior.eps_to_z(core.straight_lines(eps, steps=10)), "pixels", same=True)
-        panels["straight in ε, the flow's noise"] = core.between_ends(images, in_eps)
+        paths["straight in ε, the flow's noise"] = model.prior.eps_to_z(core.straight_lines(eps, steps=10))
+    panels = {k: core.between_ends(images, model.draw_levels(z, "pixels", same=True)) for k, z in paths.items()}
     name = f"{title}\ninterpolations, true test images at the ends"
     core.plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
 
-    panels = {"test images": images, "x ~ p(x|z)": model.draw_levels(codes, "pixels")}
-    name = f"{title}\ndecoded from the posterior's mean"
-    core.plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
     draws = {f"x ~ p(x|z), draw {k} of one z": model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)}
-    name = f"Lossy: what z keeps, and what the PixelCNN redraws\n{title}"
-    core.plot_images({"test images": images, **draws}, 10, name, out / "lossy.png", stacked=True)
+    core.plot_images(
+        {"test images": images, **draws}, 10, f"{title}\nfrom the posterior's mean", out / "lossy.png", stacked=True
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -433,25 +389,18 @@ def main(argv: list[str] | None = None) -> None:
     else:
         curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
-    # 3. Bounds on all of validation and test, and as many images of train; what the code costs, and whether it is used.
-    terms = core.evaluate_splits(model, splits)
-    metrics = (
-        core.describe_run("bonus", args, data.describe(), device, precision, model)
-        | {
-            "curves": curves,
-            "final": {split: core.in_bits(of_split, 3072) for split, of_split in terms.items()},
-            "check_prior_nats": core.check_prior(model.prior),  # against autograd's Jacobian: 0 up to rounding
-            "test_codecs_bpd": {codec: core.codec_bits_per_dim(test[:1000], codec) for codec in core.CODECS},
-            "test_kl_per_position_bits": core.kl_per_position(model, test).tolist(),
-            **cost_of_another_code(model, test[:4000]),
-        }
-    )
+    # 3. Bounds; what each position of the code costs, and whether it is used.
+    of_test, measured = core.measure_images(model, splits)
+    metrics = core.describe_run("bonus", args, data.describe(), device, precision, model)
+    metrics |= {"curves": curves} | measured
+    metrics |= {"test_kl_per_position_bits": core.kl_per_position(model, test).tolist()}
+    metrics |= cost_of_another_code(model, test[:4000])
     core.write_metrics(out, metrics)
 
     # 4. Figures and report.
     title = f"bonus: receptive field {args.receptive_field}, {args.prior} prior, {data.name}"
     core.plot_curves(metrics, title, out / "curves.png")
-    draw_figures(model, splits, title, out)
+    draw_figures(model, test, title, out)
     for first in range(0, args.samples, 100):
         z = model.prior.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
         core.write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
@@ -463,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     without = make_model(latents=0)
     core.fit(without, splits, recipe, out / "no_code.pt", about, args.resume, "no code")
     no_code = core.evaluate(without, test)
-    above = bits_per_dim(no_code.neg_elbo - terms["test"].neg_elbo, 3072)  # paired by image
+    above = bits_per_dim(no_code.neg_elbo - of_test.neg_elbo, 3072)  # paired by image
     metrics["no_code"] = core.in_bits(no_code, 3072)
     metrics["no_code"] |= {"above_bpd": above.mean().item(), "above_se_bpd": core.standard_error(above)}
     table_epochs = math.ceil(args.epochs / 5) if args.table_epochs is None else args.table_epochs
@@ -474,8 +423,6 @@ def main(argv: list[str] | None = None) -> None:
         row = {"receptive_field": size, "epochs": table_epochs, **core.in_bits(core.evaluate(smaller, test), 3072)}
         metrics.setdefault("receptive_fields", []).append(row)
     core.write_metrics(out, metrics)
-    if table_epochs:
-        plot_table(metrics["receptive_fields"], out / "receptive_fields.png")
     core.write_report(out, report(metrics))
 
 

@@ -511,7 +511,7 @@ def split_points(name: str, points: np.ndarray) -> Data:
     return Data(name, dict(zip(SPLITS, x.tensor_split([before_test * 9 // 10, before_test]), strict=True)))
 
 
-def load_images(data: str, root: str, limit: int | None, seed: int, only_test: bool = False) -> Data:
+def load_images(data: str, root: str, limit: int | None, seed: int, only_test: bool) -> Data:
     """The images that --data names, as splits uint8 [N, 3, 32, 32]; under --limit N, N, N/10 and N/10 of them.
 
     root: SVHN's folder. seed: of the split of a user's images. only_test: a user's test images alone will do.
@@ -556,11 +556,10 @@ def load_svhn(root: Path) -> list[np.ndarray]:
 SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
-def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[np.ndarray]]:
+def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarray]]:
     """A user's images: the data's name, and train, valid and test, each uint8 [N, 32, 32, 3].
 
-    Subfolders, or an npz file's arrays, named train, valid (or val) and test are the splits; without valid, a tenth of
-    train is. A single set is split 80/10/10. The seed decides which images.
+    Sets named train, valid and test are the splits; without valid, a tenth of train is. A single set is split 80/10/10.
     """
     read: dict[str, list[np.ndarray]] = {}
     for split, source, image in progress_bar(own_images(path), desc=f"reading {path}"):
@@ -572,7 +571,7 @@ def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[
         except Exception as error:  # each of Pillow's formats has its own
             fail(f"--data {path}: {source} is no readable 8-bit image ({error}); mend, convert or remove it")
     images, random = {split: np.stack(some) for split, some in read.items()}, np.random.RandomState(seed)
-    name = f"{path.resolve().name} ({sum(map(len, images.values())):,} images, made RGB of 32 x 32"
+    name = f"{path.resolve().name}, made RGB of 32 x 32"
     if only_test and set(images) == {"test"}:
         images |= {"train": images["test"][:0], "valid": images["test"][:0]}
     elif len(images) == 1:
@@ -585,17 +584,15 @@ def load_own(path: Path, seed: int, only_test: bool = False) -> tuple[str, list[
         name += ", a tenth of train kept for validation"
     if set(images) != set(SPLITS) or min(map(len, images.values())) < (0 if only_test else 2):
         found = {split: len(some) for split, some in read.items()} or "no images"
-        fail(
-            f"--data {path}: found {found}; wanted are sets named train and test (and valid), or a single one, which is "
-            "split 80/10/10; with two images or more in each split: move, rename or add some"
-        )
-    return f"{name})", [images[split] for split in SPLITS]
+        wanted = "sets train and test (and valid), or a single one, with two images or more in each split"
+        fail(f"--data {path}: found {found}; wanted are {wanted}; move, rename or add some")
+    return name, [images[split] for split in SPLITS]
 
 
 def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
-    """Of each image below a folder, or in an npz file's arrays: its split, where it comes from, and the image.
+    """Of each image below a folder, or in an npz file: its set, where it comes from, and the image.
 
-    The split is that of the subfolder's or the array's name, else "images". What is no image is passed over.
+    The set is the split that the subfolder or the array is named for, else "images". What is no image is passed over.
     """
     if path.is_dir():
         formats = Image.registered_extensions()
@@ -607,12 +604,12 @@ def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
                 yield SPLIT_NAMES.get(top.lower(), "images") if below else "images", file.name, Image.open(file)
             except UnidentifiedImageError:
                 if formats.get(file.suffix.lower()) in Image.OPEN:
-                    fail(f"--data {path}: {file.name} is broken, no readable image; mend or remove it")
+                    fail(f"--data {path}: {file.name} is no readable image; mend or remove it")
         return
     wanted = "wanted: uint8 [N, height, width, 3] in an npz file; or a folder of images; or svhn; or synthetic"
     try:
         arrays = {key: x for key, x in np.load(path, allow_pickle=False).items() if x.ndim > 2}  # not labels
-    except Exception as error:  # numpy, zipfile and zlib each have their own for a file that is no npz
+    except Exception as error:  # numpy, zipfile and zlib each have their own
         fail(f"--data {path}: no readable npz file ({getattr(error, 'strerror', None) or error}); {wanted}")
     for key, x in arrays.items():
         if x.ndim == 4 and x.shape[1] == 3 != x.shape[3]:
@@ -627,9 +624,6 @@ def check_above(excess: float, error: float) -> None:
     """Raise ValueError if a bound is more than four standard errors below its floor: that is a defect of the code."""
     if excess < -4 * error:
         raise ValueError(f"a bound {-excess:.4f} ± {error:.4f} bits/dim below its floor: a defect, not a discovery")
-
-
-CODECS = ("PNG", "WebP")
 
 
 def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
@@ -760,12 +754,6 @@ def evaluation_batches(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, EVALUATION_SIZE // x[0].numel()))
 
 
-def evaluate_splits(model: nn.Module, splits: dict[str, Tensor]) -> dict[str, Terms]:
-    """`evaluate` every split: all of validation and test, and of train as many examples as validation has."""
-    cut = splits | {"train": splits["train"][: len(splits["valid"])]}
-    return {name: evaluate(model, x) for name, x in cut.items() if len(x)}
-
-
 @torch.no_grad()
 def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
     """Both terms for points x [N, 2] under the prior N(0, I), almost without Monte Carlo noise: Terms of [N], nats.
@@ -785,6 +773,19 @@ def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
         variances.append(log_p.var(0))
     error = (torch.cat(variances).sum() / draws).sqrt().item() / len(x)
     return Terms(torch.cat(recon), torch.cat(kl)), error
+
+
+def bounds_of_points(model: VAE, x: Tensor, floor: Tensor) -> dict[str, float]:
+    """`evaluate_points`, and how far -ELBO is above floor [N], -log p(x) of the true density, nats; in bits/dim."""
+    terms, of_draws = evaluate_points(model, x)
+    excess = bits_per_dim(terms.neg_elbo - floor, 2)
+    return {
+        **in_bits(terms, 2),
+        "neg_elbo_mc_se_bpd": bits_per_dim(of_draws, 2),
+        "floor_bpd": bits_per_dim(floor.mean().item(), 2),
+        "excess_bpd": excess.mean().item(),
+        "excess_se_bpd": standard_error(excess),
+    }
 
 
 @torch.no_grad()
@@ -807,6 +808,20 @@ def kl_per_position(model: Any, levels: Tensor) -> Tensor:
         kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.mean_and_log_std(z))
         summed += kl.sum((0, 1)).cpu().double()
     return bits_per_dim(summed / len(levels), 1)
+
+
+def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict[str, Any]]:
+    """The terms on test; and for metrics.json, the bounds, the check of the prior, and lossless codecs beside them.
+
+    Bounds are of all of validation and test, and of as many images of train as validation has.
+    """
+    cut = splits | {"train": splits["train"][: len(splits["valid"])]}
+    terms, test = {split: evaluate(model, x) for split, x in cut.items() if len(x)}, splits["test"]
+    return terms["test"], {
+        "final": {split: in_bits(of_split, test[0].numel()) for split, of_split in terms.items()},
+        "check_prior_nats": check_prior(model.prior),
+        "test_codecs_bpd": {codec: codec_bits_per_dim(test[:1000], codec) for codec in ("PNG", "WebP")},
+    }
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # learning rate over its peak, from the fraction of training done
@@ -926,14 +941,8 @@ KEEP_SECONDS = 60  # between checkpoints
 
 
 def fit(
-    model: Any,
-    splits: dict[str, Tensor],
-    recipe: Recipe,
-    path: Path,
-    about: dict[str, Any],
-    resume: bool,
-    name: str = "",
-) -> dict[str, Any]:
+    model: Any, splits: dict[str, Tensor], recipe: Recipe, path: Path, about: dict[str, Any], resume: bool, name: str = ""
+) -> dict[str, Any]:  # fmt: skip
     """Minimise model.loss on splits["train"]; leave the weights in the model that were best on validation.
 
     At up to 21 steps the first examples of every split are evaluated: the curves, which are returned. path: the
@@ -1080,7 +1089,7 @@ def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any]
     if saved["data"] != data:
         fail(f"--resume: {path} was trained on other data; name the same, or leave --resume out")
     if state["step"] > steps:
-        fail(f"--resume: {path} has {state['step']} steps behind it, more than the {steps} of --epochs; raise --epochs")
+        fail(f"--resume: {path} has done {state['step']} steps, --epochs asks for {steps}; raise --epochs")
     model.load_state_dict(state.pop("weights"))
     for optimiser, saved_state in zip(optimisers, state.pop("optimisers"), strict=True):
         optimiser.load_state_dict(saved_state)
@@ -1127,13 +1136,12 @@ def claim(out: Path, resume: bool) -> filelock.FileLock | None:
         fail(f"another run is writing into {out}: wait for its end, or choose another --out")
     except OSError as error:
         fail(f"cannot write into the folder {out}: {error.strerror}; choose another with --out")
-    earlier_run = any(path.name == "metrics.json" or path.suffix == ".pt" for path in out.iterdir())
+    earlier_run = any(path.suffix in (".json", ".pt") for path in out.iterdir())
     if resume and not earlier_run:
         print(f"--resume: there is no earlier run in {out}; this one starts from the beginning")
     elif earlier_run and not resume:
-        numbered = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
-        earlier = next(path for path in numbered if not path.exists())
-        out.rename(earlier)
+        free = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
+        earlier = out.rename(next(path for path in free if not path.exists()))
         out.mkdir()
         print(f"earlier results in {out} are now in {earlier}; to go on with an earlier run: --resume")
     return lock
@@ -1267,6 +1275,28 @@ def between_ends(images: Tensor, decoded: Tensor) -> Tensor:
 def evenly_spaced(x: Tensor, n: int) -> Tensor:
     """At most n examples, an even number, from all over x: neighbours may look alike. [N, ...] -> [n, ...]."""
     return x[torch.linspace(0, len(x) - 1, min(n, len(x)) // 2 * 2).long().to(x.device)]
+
+
+def draw_image_figures(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
+    """Of 2a and 2b: 100 samples; interpolations of five pairs of test images, in z and in eps; reconstructions."""
+    x, mu = model.sample(100, fixed_noise("samples"))
+    panels = {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": quantise(x)}
+    plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
+
+    images = evenly_spaced(test, 10)
+    with torch.no_grad():
+        codes, _ = model.encoder(bin_centres(images))  # the posterior's means
+        eps, _ = model.prior.z_to_eps(codes)
+    paths = {"straight in z": straight_lines(codes, steps=10)}  # both ends included
+    if isinstance(model.prior, FlowPrior):
+        paths["straight in ε, the flow's noise"] = model.prior.eps_to_z(straight_lines(eps, steps=10))
+    panels = {name: between_ends(images, quantise(model.decode(z)[1])) for name, z in paths.items()}
+    name = f"{title}\ninterpolations, true test images at the ends"
+    plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
+
+    x, mu = model.decode(codes, fixed_noise("reconstructions"))
+    panels = {"test images": images, "µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z)": quantise(x)}
+    plot_images(panels, 10, f"{title}\nfrom the posterior's mean", out / "reconstructions.png", stacked=True)
 
 
 def write_images(images: Tensor, folder: Path, first: int) -> None:
@@ -1460,10 +1490,10 @@ def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS)
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:  # torch has no public question for this
         checks = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
-        native = device == "cpu" and any(check() for check in checks)
-    if precision == "bf16" and not native:
+        native = any(check() for check in checks)
+    if precision == "auto":
+        precision = "bf16" if native and device != "mps" else "fp32"
+    elif precision == "bf16" and not native:
         print("warning: this machine emulates bf16, slowly; --precision fp32 is faster")
-    elif precision == "auto":
-        precision = "bf16" if native else "fp32"
     print(f"on {device}, {torch.get_num_threads()} threads, {precision} training steps")
     return device, precision

@@ -63,11 +63,8 @@ def least_code(covariance: np.ndarray, decoder: str) -> tuple[list[float], float
 
 @torch.no_grad()
 def use_of_code(model: VAE, x: Tensor) -> dict[str, Any]:
-    """Is z used? On test points x [N, 2], with one draw of z each.
-
-    The KL of each latent; the decoder term with z from q(z|x), from another point's q, and from p(z); and the decoder's
-    mean stds.
-    """
+    """Is z used? The KL of each latent; the decoder term with z from q(z|x), from another point's q, and from p(z); the
+    decoder's mean stds. x [N, 2], with one draw of z each."""
     generator = core.fixed_noise("codes")
     z, mu, log_std = model.posterior(x, generator)
     kl_i = 0.5 * (mu**2 + torch.exp(2 * log_std) - 1) - log_std  # (N, 2), nats
@@ -100,15 +97,10 @@ def explained_variance(model: VAE, x: Tensor, covariance: np.ndarray) -> dict[st
 
 def measure(model: VAE, data_name: str, decoder_name: str, test: Tensor) -> dict[str, Any]:
     """All that the report says of one model, on the test points [N, 2]."""
-    terms, of_draws = core.evaluate_points(model, test)
-    floor, covariance = true_neg_log_prob(data_name, test.cpu()), true_covariance(data_name)
+    covariance, floor = true_covariance(data_name), true_neg_log_prob(data_name, test.cpu())
     stds, least_kl = least_code(covariance, decoder_name)
     return {
-        **core.in_bits(terms, 2),
-        "neg_elbo_mc_se_bpd": bits_per_dim(of_draws, 2),
-        "floor_bpd": bits_per_dim(floor.mean().item(), 2),
-        "excess_bpd": bits_per_dim((terms.neg_elbo - floor).mean().item(), 2),
-        "excess_se_bpd": bits_per_dim(core.standard_error(terms.neg_elbo - floor), 2),
+        **core.bounds_of_points(model, test, floor),
         "least_kl_bpd": bits_per_dim(least_kl, 2),
         "floor_stds": stds,
         **use_of_code(model, test),

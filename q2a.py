@@ -12,35 +12,15 @@ The right side bounds the code length of the 8-bit image in nats; divided by 307
     python q2a.py --evaluate results/q2a/checkpoint.pt --data FILE.npz  ->  results/q2a/evaluate/report.md
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import core
 from core import ImageVAE, StandardNormal
 
 DEFAULTS = dict(epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn")
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
-
-
-def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
-    """100 samples, interpolations of five pairs of test images, reconstructions."""
-    x, mu = model.sample(100, core.fixed_noise("samples"))
-    panels = {"µ(z), the decoder's mean": core.quantise(mu), "x ~ p(x|z) at the same z": core.quantise(x)}
-    core.plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
-
-    images = core.evenly_spaced(test, 10)
-    codes, _ = model.encoder(core.bin_centres(images))  # the posterior's means
-    _, means = model.decode(core.straight_lines(codes, steps=10))  # both ends included
-    panels = {"straight in z": core.between_ends(images, core.quantise(means))}
-    core.plot_images(panels, 12, f"{title}\ninterpolations, true test images at the ends", out / "interpolations.png")
-
-    x, mu = model.decode(codes, core.fixed_noise("reconstructions"))
-    panels = {"test images": images, "µ(z), the decoder's mean": core.quantise(mu), "x ~ p(x|z)": core.quantise(x)}
-    name = f"{title}\ndecoded from the posterior's mean"
-    core.plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
 
 
 def report(metrics: dict[str, Any]) -> str:
@@ -90,23 +70,16 @@ def main(argv: list[str] | None = None) -> None:
         about = {"script": "q2a", "args": vars(args)}
         curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
-    # 3. Bounds on all of validation and test, and as many images of train; the prior and codecs beside them.
-    terms = core.evaluate_splits(model, splits)
-    metrics = (
-        core.describe_run("q2a", args, data.describe(), device, precision, model)
-        | {
-            "curves": curves,
-            "final": {split: core.in_bits(of_split, 3072) for split, of_split in terms.items()},
-            "check_prior_nats": core.check_prior(model.prior),  # against autograd's Jacobian: 0 up to rounding
-            "test_codecs_bpd": {codec: core.codec_bits_per_dim(test[:1000], codec) for codec in core.CODECS},
-        }
-    )
+    # 3. Bounds; and beside them the check of the prior, and lossless codecs.
+    _, measured = core.measure_images(model, splits)
+    metrics = core.describe_run("q2a", args, data.describe(), device, precision, model)
+    metrics |= {"curves": curves} | measured
     core.write_metrics(out, metrics)
 
     # 4. Figures and report.
     title = f"2a: standard normal prior, {data.name}"
     core.plot_curves(metrics, title, out / "curves.png")
-    draw_figures(model, test, title, out)
+    core.draw_image_figures(model, test, title, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
         core.write_images(core.quantise(x), out / "samples", first)

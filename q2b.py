@@ -40,10 +40,9 @@ def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
     """2a's checkpoint, if there is one, has to be of the same arguments and data."""
     if path.exists():
         saved = core.read_checkpoint(path, "q2a")
-        same = {k: v for k, v in ours.items() if k not in core.OF_ONE_COMMAND | core.MAY_DIFFER} | {
-            "epochs": ours["epochs"]
-        }
-        differing = core.differences(saved["args"], same) or ("the data" if saved["data"] != data_hash else "")
+        free = core.OF_ONE_COMMAND | core.MAY_DIFFER - {"epochs"}
+        differing = core.differences(saved["args"], {k: v for k, v in ours.items() if k not in free})
+        differing = differing or "the data" * (saved["data"] != data_hash)
         if differing:
             core.fail(f"--compare: {path} is of another 2a: {differing}; move it away, or choose another --out")
 
@@ -127,31 +126,6 @@ def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- figures and the report
 
 
-def draw_figures(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
-    """100 samples, interpolations in z and in eps of five pairs of test images, reconstructions."""
-    x, mu = model.sample(100, core.fixed_noise("samples"))
-    panels = {"µ(z), the decoder's mean": core.quantise(mu), "x ~ p(x|z) at the same z": core.quantise(x)}
-    core.plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
-
-    images = core.evenly_spaced(test, 10)
-    with torch.no_grad():
-        codes, _ = model.encoder(core.bin_centres(images))  # the posterior's means
-        eps, _ = model.prior.z_to_eps(codes)
-    _, in_z = model.decode(core.straight_lines(codes, steps=10))  # both ends included
-    _, in_eps = model.decode(model.prior.eps_to_z(core.straight_lines(eps, steps=10)))
-    panels = {
-        "straight in z": core.between_ends(images, core.quantise(in_z)),
-        "straight in ε, the flow's noise": core.between_ends(images, core.quantise(in_eps)),
-    }
-    name = f"{title}\ninterpolations, true test images at the ends"
-    core.plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
-
-    x, mu = model.decode(codes, core.fixed_noise("reconstructions"))
-    panels = {"test images": images, "µ(z), the decoder's mean": core.quantise(mu), "x ~ p(x|z)": core.quantise(x)}
-    name = f"{title}\ndecoded from the posterior's mean"
-    core.plot_images(panels, 10, name, out / "reconstructions.png", stacked=True)
-
-
 def change_of(what: str, change: dict[str, float]) -> str:
     """ "lowers −ELBO by 0.2456 ± 0.0005": a difference in words, by its sign and two standard errors."""
     if abs(change["bpd"]) <= 2 * change["se_bpd"]:
@@ -166,8 +140,8 @@ def comparison_text(found: dict[str, Any]) -> str:
     rows = "\n".join(f"| {names[k]} | {found[k]['bpd']:+.4f} ± {found[k]['se_bpd']:.4f} |" for k in names)
     kl, correlation, positions = found["kl_bits"], found["correlation"], np.array(found["kl_per_position_bits"]["2b"])
     before, after = (np.mean(list(correlation[name].values())) for name in ("2b: z", "2b: ε"))
-    return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It {change_of("the KL term", found["kl"])},
-and {change_of("the decoder term", found["recon"])}.
+    return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It
+{change_of("the KL term", found["kl"])} and {change_of("the decoder term", found["recon"])}.
 
 | test, paired by image | change against 2a, bits/dim |
 |---|---|
@@ -178,22 +152,21 @@ one seed: how seeds differ is not in it. 2a's own report comes from `q2a.py --re
 
 ![comparison](experiments.png)
 
-**(i) A better prior, or better codes?** A flow fitted afterwards to the codes of 2a's frozen encoder (epochs:
-{found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}. A better flow could save more. Against this
-model, training all three together {change_of("−ELBO", found["rest"])}: at most this comes from better codes.
+**(i) A better prior, or better codes?** A flow fitted to the codes of 2a's frozen encoder (epochs:
+{found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}; a better flow could save more. Against
+this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from training all three together.
 
-**(ii) What does the KL pay for?** The mean over images of KL(q(z|x) || r) is I(x; z), what z tells about its image, plus
-KL(q(z) || r), how far all codes together lie from r, for any density r. With r = N(0, I) it is {kl["2a"]:,.0f} bits per
-image for 2a; with r the flow fitted to the same codes, {kl["2a_fitted_flow"]:,.0f} bits. So 2a's z tells at most
+**(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
+about its image, plus KL(q(z) || r), how far all codes together lie from r. For 2a it is {kl["2a"]:,.0f} bits per image
+with r = N(0, I), and {kl["2a_fitted_flow"]:,.0f} with r the flow fitted to the same codes. So 2a's z tells at most
 {kl["2a_fitted_flow"]:,.0f} bits, and at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits of 2a's KL say nothing about
-the image; they pay for codes that do not follow N(0, I). 2b's z tells at most {kl["2b"]:,.0f} bits. Two upper bounds do
-not say whose z tells more.
+the image; they pay for codes that do not follow N(0, I). 2b's z tells at most {kl["2b"]:,.0f} bits; which of the two
+tells more, such upper bounds do not say.
 
-**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (channel by channel,
-mean of absolute values); of ε, after the flow, by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}).
-The maps show what each position costs: in 2b the first one, which the flow cannot predict, {positions[0, 0]:.1f} bits, an
-average one {positions.mean():.1f}. The samples below are decoded from the same noise ε: 2a decodes ε directly; 2b passes
-it through the flow first.
+**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (mean over channels of
+absolute values); of ε, after the flow, by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}). The maps
+show what each position costs: in 2b the first one, which the flow cannot predict, {positions[0, 0]:.1f} bits, an
+average one {positions.mean():.1f}. Below, 2a decodes ε directly; 2b passes the same ε through the flow first.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)"""
 
@@ -263,23 +236,16 @@ def main(argv: list[str] | None = None) -> None:
         about = {"script": "q2b", "args": vars(args)}
         curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
-    # 3. Bounds on all of validation and test, and as many images of train; the prior and codecs beside them.
-    terms = core.evaluate_splits(model, splits)
-    metrics = (
-        core.describe_run("q2b", args, data.describe(), device, precision, model)
-        | {
-            "curves": curves,
-            "final": {split: core.in_bits(of_split, 3072) for split, of_split in terms.items()},
-            "check_prior_nats": core.check_prior(model.prior),  # against autograd's Jacobian: 0 up to rounding
-            "test_codecs_bpd": {codec: core.codec_bits_per_dim(test[:1000], codec) for codec in core.CODECS},
-        }
-    )
+    # 3. Bounds; and beside them the check of the prior, and lossless codecs.
+    of_test, measured = core.measure_images(model, splits)
+    metrics = core.describe_run("q2b", args, data.describe(), device, precision, model)
+    metrics |= {"curves": curves} | measured
     core.write_metrics(out, metrics)
 
     # 4. Figures and report.
     title = f"2b: flow prior, {data.name}"
     core.plot_curves(metrics, title, out / "curves.png")
-    draw_figures(model, test, title, out)
+    core.draw_image_figures(model, test, title, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
         core.write_images(core.quantise(x), out / "samples", first)
@@ -296,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         epochs = math.ceil(args.epochs / 3)  # a choice: a longer fit could lower the KL further
         path = out / f"flow_on_2a_of_{args.epochs}_epochs.pt"
         core.fit(fitted, splits, replace(recipe, epochs=epochs, kl_warmup=None), path, about, args.resume, "flow on 2a")
-        metrics["against_2a"] = compare(model_a, fitted, model, test, terms["test"]) | {"prior_alone_epochs": epochs}
+        metrics["against_2a"] = compare(model_a, fitted, model, test, of_test) | {"prior_alone_epochs": epochs}
         core.write_metrics(out, metrics)
         plot_comparison(metrics["against_2a"], f"2b against 2a, {data.name}", out / "experiments.png")
         (of_a, _), (of_b, _) = (m.sample(100, core.fixed_noise("samples")) for m in (model_a, model))
