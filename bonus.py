@@ -399,7 +399,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. Figures and report.
     title = f"bonus: receptive field {args.receptive_field}, {args.prior} prior, {data.name}"
-    core.plot_curves(metrics, title, out / "curves.png")
+    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
+    bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
+    core.plot_curves({"": curves}, {"": floor}, f"{title}\n{bound}", out / "curves.png")
     draw_figures(model, test, title, out)
     for first in range(0, args.samples, 100):
         z = model.prior.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))

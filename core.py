@@ -50,7 +50,6 @@ if not IN_KERNEL:
 
 class Terms(NamedTuple):
     """The two terms of the negative ELBO, each [B], in nats: recon = -log p(data|z) and kl = log q(z|x) - log p(z).
-
     In 2a and 2b recon is of levels + u, 3072 ln 128 included; only recon + kl is a bound for levels.
     """
 
@@ -98,7 +97,6 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def bounded_log_std(raw: Tensor) -> Tensor:
     """A smooth, increasing map onto (-7, 3), b tanh(raw / b) with b the bound on raw's side; elementwise.
-
     (The handout's plain tanh keeps a log std above -1. For pixels in [-1, 1] that is a std of 47 grey levels or more:
     6.88 bits/dim with a perfect mean.)
     """
@@ -117,23 +115,27 @@ def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
     return sum_dims(normal_log_density(x, mu, log_std))
 
 
-class Prior(nn.Module):
-    """p(z) as the distribution of z = f(eps) with eps ~ N(0, I), for an invertible f. A subclass defines
-
-    eps_to_z: f, eps [B, *latent_shape] -> z of that shape;
-    z_to_eps: its inverse, z -> eps, log |det d eps / d z| [B], nats;
-    mean_and_log_std: of each p(z_i | z_<i), which is normal, z -> two tensors that broadcast to z.
-    """
+class StandardNormal(nn.Module):
+    """The prior p(z) = N(0, I); and, for a subclass, of z = f(eps) with eps ~ N(0, I), here with f the identity."""
 
     zeros: Tensor
-    eps_to_z: Callable[..., Tensor]
-    z_to_eps: Callable[..., tuple[Tensor, Tensor]]
-    mean_and_log_std: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, latent_shape: tuple[int, ...]):
         super().__init__()
         self.latent_shape = latent_shape
         self.register_buffer("zeros", torch.zeros(latent_shape), persistent=False)  # mean and log std of eps
+
+    def eps_to_z(self, eps: Tensor) -> Tensor:
+        """f, invertible. eps [B, *latent_shape] -> z of that shape."""
+        return eps
+
+    def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of f, and log |det d eps / d z| [B], nats."""
+        return z, z.new_zeros(len(z))
+
+    def mean_and_log_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of each p(z_i | z_<i), which is normal: two tensors that broadcast to z."""
+        return self.zeros, self.zeros
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) = log N(eps; 0, I) + log |det d eps / d z|. z [B, *latent_shape] -> [B], nats."""
@@ -144,19 +146,6 @@ class Prior(nn.Module):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """z ~ p(z), [n, *latent_shape]."""
         return self.eps_to_z(noise(torch.randn, (n, *self.latent_shape), self.zeros.device, generator))
-
-
-class StandardNormal(Prior):
-    """p(z) = N(0, I): f is the identity."""
-
-    def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z, z.new_zeros(len(z))
-
-    def eps_to_z(self, eps: Tensor) -> Tensor:
-        return eps
-
-    def mean_and_log_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.zeros, self.zeros
 
 
 # ----------------------------------------------------------------------------------------------- bounds and units
@@ -171,7 +160,6 @@ def bits_per_dim(nats: Any, num_dims: int) -> Any:
 
 def iwae(log_w: Tensor) -> Tensor:
     """The importance-weighted bound log (1/K) sum_k w_k on log p(x). log_w [K, ...] -> [...], nats.
-
     log_w = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x). K = 1 is the ELBO (Burda et al. 2016, arXiv:1509.00519).
     """
     return torch.logsumexp(log_w, 0) - math.log(len(log_w))
@@ -194,7 +182,6 @@ def quantise(x: Tensor) -> Tensor:
 
 def density_to_levels(log_p_x: Tensor, num_dims: int) -> Tensor:
     """log p(x) -> log p(v), v = levels + u, whose mean over u is at most log P(levels). [B] -> [B], nats.
-
     v = 128 (x + 1), so log p(v) = log p(x) - num_dims ln 128; E_u log p(v) <= log P(levels) by Jensen (Theis et al.
     2016, arXiv:1511.01844, section 3.1).
     """
@@ -222,12 +209,11 @@ def standard_error(x: Tensor) -> float:
 
 
 class VAE(nn.Module):
-    """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)) and p(z), a `Prior` that can be swapped.
-
+    """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)) and p(z), a prior that can be swapped.
     encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. A subclass may replace `to_x` and `log_p_x`.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: StandardNormal):
         super().__init__()
         self.encoder, self.decoder, self.prior = encoder, decoder, prior
 
@@ -248,7 +234,6 @@ class VAE(nn.Module):
 
     def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
         """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
-
         log q(z|x) is differentiated through z alone, as its other derivative has mean zero: so where q(z|x) is the true
         posterior, not only recon + kl has no noise, but the encoder's gradient too (Roeder et al. 2017,
         arXiv:1703.09194).
@@ -278,12 +263,11 @@ class VAE(nn.Module):
 
 class ImageVAE(VAE):
     """The VAE of question 2: 8-bit images, dequantised; recon + kl bounds -log P(levels) from above.
-
     levels uint8 [B, 3, 32, 32]; z [B, C, 8, 8] with C = latent_channels. The prior is made last, so that 2a and 2b
     start from the same encoder and decoder.
     """
 
-    def __init__(self, latent_channels: int, prior: Callable[[tuple[int, ...]], Prior]):
+    def __init__(self, latent_channels: int, prior: type[StandardNormal]):
         encoder, decoder = ConvEncoder(latent_channels), ConvDecoder(latent_channels)
         super().__init__(encoder, decoder, prior((latent_channels, 8, 8)))
 
@@ -316,7 +300,6 @@ class GaussianMLP(nn.Module):
 
 class GatedResidualBlock(nn.Module):
     """x + a * sigmoid(b), with (a, b) the halves of [relu, conv to hidden, relu, conv to 2 x width].
-
     A gated linear unit (Dauphin et al. 2017, arXiv:1612.08083) as the residual branch. The handout's 64 * 2 filters do
     not fit its stream of 256 channels, so the second convolution has 2 x 256. [B, width, H, W] -> the same.
     """
@@ -338,7 +321,6 @@ def residual_stack(width: int) -> nn.Sequential:
 
 class ConvEncoder(nn.Module):
     """q(z|x): the handout's convolutions, then a linear 1x1 head, as the stack ends in a relu and a mean has a sign.
-
     x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: so the decoder learns to use z early.
     """
 
@@ -360,7 +342,6 @@ class ConvEncoder(nn.Module):
 
 class ConvDecoder(nn.Module):
     """p(x|z): the handout's decoder, with 6 output channels in place of 3: a mean and a log std for each pixel.
-
     z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32]; its `net` alone gives out_channels features for each pixel.
     """
 
@@ -382,7 +363,6 @@ class ConvDecoder(nn.Module):
 
 def causal_mask(mask_type: str, size: int) -> Tensor:
     """PixelCNN's mask (van den Oord et al. 2016, arXiv:1601.06759), [size, size]: 1 where a weight may stay.
-
     In raster order a position sees the rows above and what is to its left; "B" sees itself too.
     """
     if mask_type not in ("A", "B"):
@@ -416,9 +396,8 @@ class MaskedResidual(nn.Module):
         return x + self.conv(F.relu(x))
 
 
-class FlowPrior(Prior):
+class FlowPrior(StandardNormal):
     """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i.
-
     i runs over the positions in raster order, all channels at once. s and t come from a PixelCNN: a 3x3 convolution
     with mask A, three residual layers with mask B, and a 1x1 layer that starts at zero, so that the flow starts as the
     identity. Chen et al. 2017 (arXiv:1611.02731), equations 12 to 14.
@@ -441,7 +420,6 @@ class FlowPrior(Prior):
 
     def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """eps = (z - t(z)) exp(-s(z)), all positions in one pass, and its log |det d eps / d z| = -sum s.
-
         z [B, C, H, W] -> eps [B, C, H, W], log_det [B], nats. The Jacobian is triangular in raster order.
         """
         t, s = self.mean_and_log_std(z)
@@ -450,7 +428,6 @@ class FlowPrior(Prior):
     @torch.no_grad()
     def eps_to_z(self, eps: Tensor) -> Tensor:
         """The inverse of `z_to_eps`: z <- t(z) + exp(s(z)) eps, until nothing changes. [B, C, H, W] -> the same.
-
         t and s depend on earlier positions alone, so with each pass more positions are exact: on 8 x 8 all are after 22,
         the longest chain of positions that see each other (Song et al. 2021, arXiv:2002.03629).
         """
@@ -463,9 +440,8 @@ class FlowPrior(Prior):
         return z
 
 
-def check_prior(prior: Prior) -> float:
+def check_prior(prior: StandardNormal) -> float:
     """How far a prior is from its definition, at one z that it draws; 0 up to rounding. In float64, on the CPU.
-
     The larger of |z_to_eps(eps_to_z(eps)) - eps| and of log_prob's distance, in nats, from log N(eps; 0, I) by
     torch.distributions + log |det d eps / d z| by autograd's Jacobian.
     """
@@ -513,7 +489,6 @@ def split_points(name: str, points: np.ndarray) -> Data:
 
 def load_images(data: str, root: str, limit: int | None, seed: int, only_test: bool) -> Data:
     """The images that --data names, as splits uint8 [N, 3, 32, 32]; under --limit N, N, N/10 and N/10 of them.
-
     root: SVHN's folder. seed: of the split of a user's images. only_test: a user's test images alone will do.
     """
     limited = (limit, limit // 10, limit // 10) if limit else None
@@ -533,7 +508,6 @@ def load_images(data: str, root: str, limit: int | None, seed: int, only_test: b
 
 def load_svhn(root: Path) -> list[np.ndarray]:
     """SVHN's cropped digits (Netzer et al. 2011), three uint8 [N, 32, 32, 3], downloaded and checked by torchvision.
-
     The official train file is split 65,931 / 7,326 by a fixed permutation.
     """
     from torchvision.datasets import SVHN  # here, as it takes two seconds
@@ -558,7 +532,6 @@ SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation":
 
 def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarray]]:
     """A user's images: the data's name, and train, valid and test, each uint8 [N, 32, 32, 3].
-
     Sets named train, valid and test are the splits; without valid, a tenth of train is. A single set is split 80/10/10.
     """
     read: dict[str, list[np.ndarray]] = {}
@@ -591,7 +564,6 @@ def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarr
 
 def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
     """Of each image below a folder, or in an npz file: its set, where it comes from, and the image.
-
     The set is the split that the subfolder or the array is named for, else "images". What is no image is passed over.
     """
     if path.is_dir():
@@ -644,7 +616,7 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
 SYNTHETIC_BATCH = 1024  # images that are drawn together: part of what the set is
 # Two sides of their law's entropy, bits/dim: E[-log2 P(image | its scene)], and that plus the cost of the scene; both
 # measured by tests/tools/floor.py (results/published/floor.json).
-SYNTHETIC_ENTROPY = (1.982, 2.029)
+SYNTHETIC_ENTROPY = {"entropy, at least": 1.982, "entropy, at most": 2.029}
 
 
 def make_synthetic(sizes: tuple[int, ...]) -> list[np.ndarray]:
@@ -737,7 +709,6 @@ def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
     """Both terms for every example of x, once each, in fp32. x [N, ...] -> Terms of float64 [N], nats.
-
     The noise of batch k belongs to (seed, k), not to the run: two models are compared on the same noise.
     """
     batches = progress_bar(evaluation_batches(x), desc="evaluating", delay=2)
@@ -757,7 +728,6 @@ def evaluation_batches(x: Tensor) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
     """Both terms for points x [N, 2] under the prior N(0, I), almost without Monte Carlo noise: Terms of [N], nats.
-
     The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z. Also the
     standard error, nats, that the draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N.
     """
@@ -800,7 +770,6 @@ def posteriors(model: Any, data: Tensor) -> Iterator[tuple[Tensor, ...]]:
 @torch.no_grad()
 def kl_per_position(model: Any, levels: Tensor) -> Tensor:
     """What each position of z costs: the mean over images of log q(z_i|x) - log p(z_i|z_<i), [H, W], bits.
-
     Summed over positions it is the KL term, up to rounding. levels uint8 [N, 3, 32, 32].
     """
     summed = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64, device="cpu")
@@ -812,7 +781,6 @@ def kl_per_position(model: Any, levels: Tensor) -> Tensor:
 
 def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict[str, Any]]:
     """The terms on test; and for metrics.json, the bounds, the check of the prior, and lossless codecs beside them.
-
     Bounds are of all of validation and test, and of as many images of train as validation has.
     """
     cut = splits | {"train": splits["train"][: len(splits["valid"])]}
@@ -846,7 +814,6 @@ def to_kernel(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [a, b >= a] each.
-
     Five steps of Newton-Schulz, x <- f x with f = 3.4445 - 4.7750 g + 2.0315 g^2 and g = x x^T, from x / |x|. Each f is
     a polynomial of the small g, so q collects the factors and meets x once, at the end. Matrices with the same smaller
     side share one batched loop.
@@ -870,7 +837,6 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 class Muon(torch.optim.Optimizer):
     """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
-
     Adam moves a kernel mostly along the few directions that its gradients share; here every direction counts alike.
     K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
     """
@@ -896,7 +862,6 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Adam; and, if muon_lr is not 0, Muon for matrices and kernels larger than 1x1 from and to 16 channels or more.
-
     Adam keeps what touches pixels, 1x1 heads and biases, as Muon's authors advise.
     """
 
@@ -1123,7 +1088,6 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
 
 def claim(out: Path, resume: bool) -> filelock.FileLock | None:
     """Make the folder this run's own for as long as the lock is kept; refused if another run is alive there.
-
     An earlier run's results are moved, whole, to a folder with a number, OUT/q2b to OUT/q2b.1; with resume they stay.
     """
     if rank_and_world()[0]:  # rank 0 writes for all
@@ -1196,44 +1160,32 @@ def save_figure(fig: Any, path: Path) -> None:
     plt.close(fig)
 
 
-def draw_curves(axes: Any, curves: dict[str, Any], floor: tuple[float, float] | None = None) -> None:
-    """-ELBO, KL and decoder term against the step, on three axes, bits/dim: train thin, validation and test bold.
-
-    floor: the entropy's two sides. The highest early points may lie above the axes: they would flatten the rest.
+def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """-ELBO, KL and decoder term against the step, bits/dim, in a row for each model: train thin, validation bold.
+    floors: for each model what -ELBO is held against, dotted: {label: value}, with a split's name in its colour. The
+    highest early points may lie above the axes: they would flatten the rest.
     """
-    thin, bold, dashed = dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--")
-    for ax, key, title in zip(axes, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
-        for split, style in zip(SPLITS, (thin, bold, dashed), strict=True):
-            ax.plot(curves["step"], curves[split][key], label=split, marker=".", **style)
-        values = np.array([curves[split][key] for split in SPLITS])
-        low, high = values.min(), max(np.quantile(values, 0.8), values[:, values.shape[1] // 2 :].max())
-        if floor and ax is axes[0]:
-            ax.axhspan(*floor, color="k", alpha=0.4, label="entropy")
-            low = min(low, floor[0])
-        margin = 0.06 * (high - low) + 1e-3
-        ax.set(title=title, xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin))
-        ax.set_xscale("symlog", linthresh=max(1, curves["step"][-1] / 100))
-    axes[0].legend(fontsize=7)
-
-
-def plot_curves(metrics: dict[str, Any], title: str, path: Path) -> None:
-    """An image model's curves, as `draw_curves` draws them; the title carries the final bound."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
-    draw_curves(axes, metrics["curves"], SYNTHETIC_ENTROPY if metrics["args"]["data"] == "synthetic" else None)
-    fig.suptitle(f"{title}\ntest −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim", wrap=True)
-    save_figure(fig, path)
-
-
-def plot_point_curves(curves: dict[str, Any], floors: dict[str, Any], path: Path) -> None:
-    """Curves of question 1's models. floors: {model: {split: the true density on the curve's points, bits/dim}}."""
-    fig, axes = plt.subplots(len(curves), 3, figsize=(11, 3 * len(curves)), sharex=True, layout="constrained")
+    styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
+    size = (11, 0.8 + 3 * len(curves))
+    fig, axes = plt.subplots(len(curves), 3, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
-        draw_curves(row, curve)
-        for split, line in zip(SPLITS, row[0].lines, strict=True):
-            row[0].axhline(floors[name][split], color=line.get_color(), ls=":")
-        row[0].set_ylim(bottom=min(row[0].get_ylim()[0], min(floors[name].values()) - 0.005))
-        row[0].set_title(f"{name}: −ELBO", fontsize=10)
-    fig.suptitle("Dotted: −log p(x) of the true density, on the same points as the curve of that colour")
+        for ax, key, term in zip(row, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
+            for split, style in zip(SPLITS, styles, strict=True):
+                ax.plot(curve["step"], curve[split][key], label=split, marker=".", **style)
+            values = np.array([curve[split][key] for split in SPLITS])
+            low, high = values.min(), max(np.quantile(values, 0.8), values[:, values.shape[1] // 2 :].max())
+            if ax is row[0]:
+                low = min(low, *floors[name].values()) if floors[name] else low
+                for label, value in floors[name].items():
+                    colour = styles[SPLITS.index(label)]["color"] if label in SPLITS else "k"
+                    ax.axhline(value, ls=":", color=colour, label=None if label in SPLITS else label)
+            margin = 0.06 * (high - low) + 1e-3
+            ax.set(
+                title=f"{name} {term}", xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin)
+            )
+            ax.set_xscale("symlog", linthresh=max(1, curve["step"][-1] / 100))
+        row[0].legend(fontsize=7)
+    fig.suptitle(title, wrap=True)
     save_figure(fig, path)
 
 
@@ -1331,7 +1283,7 @@ def bounds_text(metrics: dict[str, Any]) -> str:
         f"| {name} | {with_error(f, 'neg_elbo')} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
         for name, f in final.items()
     )
-    entropy = "Dark band: the entropy of the synthetic images' law." if metrics["args"]["data"] == "synthetic" else ""
+    entropy = "Dotted: the entropy of the synthetic images' law." if metrics["args"]["data"] == "synthetic" else ""
     verdict = "" if gap <= 1e-6 else " **CHECK FAILED: trust no KL here.**"
     return f"""**A test image costs at most {final["test"]["neg_elbo_bpd"]:.3f} bits/dim, on average.** A uniform guess
 costs 8. Lossless files of the first test images (1,000 at most), headers and all: {codecs}.
@@ -1437,7 +1389,6 @@ def parse_args(
     checkpoint: str = "checkpoint.pt",
 ) -> tuple[argparse.Namespace, Path]:  # fmt: skip
     """The command line -> (arguments, the folder for the results); prints them. Errors: one line, exit status 2.
-
     What is not typed comes from the run that --resume or --evaluate names; else from the flags --smoke and --handout,
     and from `defaults`. checkpoint: in the run's folder, the file that holds its arguments.
     """

@@ -251,7 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     core.write_metrics(out, metrics)
 
     # 3. Figures and report.
-    core.plot_point_curves(curves, floors, out / "curves.png")
+    title = "Dotted: −log p(x) of the true density, on the same points as the curve of that colour"
+    core.plot_curves(curves, floors, title, out / "curves.png")
     samples = {name: model.sample(3000, core.fixed_noise("samples")) for name, model in models.items()}
     plot_samples(samples, tests, final, out / "samples.png")
     plot_evidence(models, tests, final, out / "evidence.png")

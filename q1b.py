@@ -268,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         name: {k: bits_per_dim(floor[: curve["examples"]].mean().item(), 2) for k, floor in floors.items()}
         for name, curve in curves.items()
     }
-    core.plot_point_curves(curves, of_curves, out / "curves.png")
+    title = "Dotted: −log p(x) of the true density, on the same points as the curve of that colour"
+    core.plot_curves(curves, of_curves, title, out / "curves.png")
     samples = {name: model.sample(5000, core.fixed_noise("samples")) for name, model in models.items()}
     plot_samples(samples, data.splits["test"], final, out / "samples.png")
     plot_latents(latents, labels, final, out / "latents.png")
