@@ -44,9 +44,8 @@ SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic", tab
 
 def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels: int = 256) -> Tensor:
     """log P(level) of a logistic on [-1, 1], discretised to equal bins; elementwise, nats.
-
-    Level v is the bin from 2v/L - 1 to 2(v+1)/L - 1, the first and the last with the tails. With a < b the edges in
-    units of the scale, all in log space, so that nothing underflows and no gradient is lost:
+    Level v is the bin from 2v/L - 1 to 2(v+1)/L - 1, the first and the last with the tails. With a < b the edges in units
+    of the scale, in log space, so that nothing underflows:
         log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b))
     """
     step, sharpness = 2 / num_levels, torch.exp(-log_scale)
@@ -71,11 +70,9 @@ def add_to_means(params: Tensor, x: Tensor) -> Tensor:
 
 
 def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> Tensor:
-    """log P of pixels under a mixture each, the colours of a component in the order R -> G -> B, summed over pixels.
-
-    A component's mean of G is moved by c0 (R - mu_R), its mean of B by c1 (R - mu_R) + c2 (G - mu_G), with R and G the
-    true levels' bin centres: the three colours are one joint distribution (Salimans et al. 2017, arXiv:1701.05517,
-    section 2.2; there without the subtraction, the same family in other coordinates).
+    """log P of pixels under a mixture each, colours in the order R -> G -> B, summed over pixels.
+    A component's mean of G is moved by c0 (R - mu_R), its mean of B by c1 (R - mu_R) + c2 (G - mu_G), with the true
+    levels' bin centres: one joint distribution of the three (Salimans et al. 2017, arXiv:1701.05517, section 2.2).
     levels [B, 3, H, W] integers, params [B, 10 K, H, W] -> [B], nats.
     """
     logits, mu, log_scale, coefficients = split_params(params)
@@ -88,10 +85,9 @@ def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> T
 
 
 def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
-    """A level for each colour from uniform noise, as bin centres in [-1, 1].
-
+    """A level for each colour from uniform noise, as bin centres in [-1, 1]; exactly of `mixture_log_prob`.
     params [B, 10 K, P, 1], u in (0, 1) [B, K + 3, P, 1]: K to choose the component (Gumbel-max), 3 for the colours.
-    -> [B, 3, P, 1]. Rounding a logistic sample down to its bin is exactly the distribution of `logistic_log_prob`.
+    -> [B, 3, P, 1].
     """
     logits, *of_colours = split_params(params)
     chosen = (logits - torch.log(-torch.log(u[:, :-3]))).argmax(1)[:, None, None].expand(-1, -1, 3, -1, -1)
@@ -111,13 +107,11 @@ def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
 
 class LocalPixelCNN(nn.Module):
     """Mixture parameters of every pixel, from z and from its neighbours before it in raster order.
-
-    Its T = 2 n (n + 1) neighbours are those in n = `receptive_field` rows above, up to n columns to each side, and n to
-    its left (the paper's 7 x 4 is n = 3). They are gathered; all else is 1 x 1, so that nothing else is seen.
-
+    Its T = 2 n (n + 1) neighbours are those in n = `receptive_field` rows above, up to n columns to each side, and n to its
+    left (the paper's 7 x 4 is n = 3). They are gathered; all else is 1 x 1, so that nothing else is seen.
     Neighbouring pixels are nearly equal, and what is new is in their small differences. So a neighbour is seen as its
-    difference from the average of the pixels to the left and above. The mixture's means are corrections to that
-    average, added in fp32, as bf16's 8 bits would blur the levels.
+    difference from the average of the pixels to the left and above. The mixture's means are corrections to that average,
+    added in fp32, as bf16's 8 bits would blur the levels.
     """
 
     def __init__(self, latent_channels: int, receptive_field: int):
@@ -138,8 +132,7 @@ class LocalPixelCNN(nn.Module):
         return self.trunk(z) if self.trunk else z.new_zeros(len(z), WIDTH, 32, 32)
 
     def neighbours(self, x: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """What is seen of x [B, 3, 32, 32] by the pixels in rows i and columns j, int64, which broadcast to [P, Q].
-
+        """What pixels in rows i and columns j, int64, which broadcast to [P, Q], see of x [B, 3, 32, 32].
         -> [B, 4 T + 3, P, Q]: GAIN (neighbour - average) for each colour, 0 outside the image; whether the neighbour is
         inside, 1 or 0; and the average, of those of its two pixels that are inside (0 in the corner).
         """
@@ -165,9 +158,8 @@ class LocalPixelCNN(nn.Module):
     @torch.no_grad()
     def sample(self, z: Tensor, u: Tensor, slope: int | None = None) -> Tensor:
         """x ~ p(x|z) from u ~ U[0, 1) [B or 1, K + 3, 32, 32] (see `mixture_sample`): uint8 [B, 3, 32, 32].
-
-        One anti-diagonal after the other (`wavefronts`), at the new positions only; in float64 and on the CPU, so that
-        every device, and any slope that is large enough, draws the same levels.
+        One anti-diagonal after the other (`wavefronts`), at the new positions only; in float64 on the CPU, so that every
+        device, and any slope that is large enough, draws the same levels.
         """
         net = copy.deepcopy(self).cpu().double()
         features = self.features(z).cpu().double()
@@ -179,10 +171,9 @@ class LocalPixelCNN(nn.Module):
 
 
 def wavefronts(slope: int) -> list[tuple[Tensor, Tensor]]:
-    """The 32 x 32 positions in groups of equal j + slope i, in that order: rows i and columns j, each int64 [P, 1].
-
-    With slope n + 1 every neighbour is in an earlier group (n columns to the right and a row up: n - slope = -1), so a
-    group is drawn at once. With slope 32 every group is one pixel: raster order.
+    """The 32 x 32 positions in groups of equal j + slope i, in that order: rows i, columns j, each int64 [P, 1].
+    With slope n + 1 every neighbour is in an earlier group (n columns right and a row up: n - slope = -1), so a group is
+    drawn at once. With slope 32 every group is one pixel: raster order.
     """
     groups = [[i for i in range(32) if 0 <= k - slope * i < 32] for k in range(31 * slope + 32)]
     rows = [torch.tensor(group, device="cpu")[:, None] for group in groups]
@@ -199,8 +190,7 @@ class NoCode(nn.Module):
 
 class LossyVAE(VAE):
     """The VAE of 2b with a local PixelCNN as its decoder; recon + kl bounds -log P(levels) from above.
-
-    levels uint8 [B, 3, 32, 32]. blind: a remedy for a code that stays empty, in training alone (`loss`).
+    levels uint8 [B, 3, 32, 32]. blind: a remedy for a code that stays empty (`loss`).
     """
 
     decoder: LocalPixelCNN
@@ -222,9 +212,8 @@ class LossyVAE(VAE):
 
     def loss(self, levels: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
         """The negative ELBO, and blind * (1 - done) times a second decoder term, bits/dim, [].
-
-        In the second term pixels see z but no neighbours. A decoder learns faster from neighbours, and once it does
-        without z it never uses z again. The term fades, as it asks for more in z than pays.
+        In it pixels see z but no neighbours: a decoder learns faster from neighbours, and once it does without z it never
+        uses z again. It fades, as it asks for more in z than pays.
         """
         x = self.to_x(levels)
         z, mu, log_std = self.posterior(x)
@@ -246,7 +235,7 @@ class LossyVAE(VAE):
 
 @torch.no_grad()
 def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
-    """By how much the decoder term rises where each image is decoded from the z of another; its mean, bits/dim."""
+    """By how much the decoder term rises if each image is decoded from another's z; mean, bits/dim."""
     costs, before = [], torch.empty(0)
     for x, z, _, _ in core.posteriors(model, levels):
         another = z.roll(1, 0) if len(z) > 1 else before  # the last batch may hold a single image
@@ -303,11 +292,7 @@ def report(metrics: dict[str, Any]) -> str:
     table = table_text(rows) if rows else "No receptive-field table was made (`--table-epochs`)."
     return f"""# Bonus: a lossy VAE with a local PixelCNN as its decoder
 
-{core.training_text(metrics)} Receptive field {args["receptive_field"]}, {args["prior"]} prior.
-
-## 1. The bound on train, validation and test
-
-{core.bounds_text(metrics)}
+Receptive field {args["receptive_field"]}, {args["prior"]} prior. {core.bounds_text(metrics)}
 
 ## 2. Samples
 
@@ -317,9 +302,14 @@ def report(metrics: dict[str, Any]) -> str:
 
 ![interpolations](interpolations.png)
 
+True test images at both ends; between them x ~ p(x|z), with the same noise, on a straight line: above in z, below (flow
+prior) in ε, the flow's noise.
+
 ## Reconstructions: what z keeps, and what the PixelCNN redraws
 
 ![lossy](lossy.png)
+
+Test images, and three draws x ~ p(x|z) from each one's code.
 
 ## What goes into z, and what the receptive field leaves to it
 
@@ -332,26 +322,21 @@ def report(metrics: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def draw_figures(model: LossyVAE, test: Tensor, title: str, out: Path) -> None:
+def draw_figures(model: LossyVAE, test: Tensor, out: Path) -> None:
     """100 samples, interpolations of five pairs of test images, and three draws of each from its code."""
     x = model.draw_levels(model.prior.sample(100, core.fixed_noise("samples")), "pixels")
-    core.plot_images({"x ~ p(x|z), z ~ p(z)": x}, 10, f"{title}\n100 samples", out / "samples.png")
-
+    core.save_grid((x,), 10, out / "samples.png")
     images = core.evenly_spaced(test, 10)
     with torch.no_grad():
         codes, _ = model.encoder(core.bin_centres(images))  # the posterior's means
         eps, _ = model.prior.z_to_eps(codes)
-    paths = {"straight in z": core.straight_lines(codes, steps=10)}
+    paths = [core.straight_lines(codes, steps=10)]  # both ends included
     if isinstance(model.prior, FlowPrior):
-        paths["straight in ε, the flow's noise"] = model.prior.eps_to_z(core.straight_lines(eps, steps=10))
-    panels = {k: core.between_ends(images, model.draw_levels(z, "pixels", same=True)) for k, z in paths.items()}
-    name = f"{title}\ninterpolations, true test images at the ends"
-    core.plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
-
-    draws = {f"x ~ p(x|z), draw {k} of one z": model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)}
-    core.plot_images(
-        {"test images": images, **draws}, 10, f"{title}\nfrom the posterior's mean", out / "lossy.png", stacked=True
-    )
+        paths.append(model.prior.eps_to_z(core.straight_lines(eps, steps=10)))
+    rows = [core.between_ends(images, model.draw_levels(z, "pixels", same=True)) for z in paths]
+    core.save_grid(rows, 12, out / "interpolations.png", stacked=True)
+    draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
+    core.save_grid((images, *draws), 10, out / "lossy.png", stacked=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -367,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     device, precision = core.choose_machine(args.device, args.precision)
 
     # 1. Data and model.
-    data = core.load_images(args.data, args.data_root, args.limit, args.seed, only_test=bool(args.evaluate))
+    data = core.load_images(args.data, args.data_root, args.limit, args.seed, 0 if args.evaluate else args.batch_size)
     splits = {name: x.to(device) for name, x in data.splits.items()}
     test = splits["test"]
 
@@ -395,18 +380,17 @@ def main(argv: list[str] | None = None) -> None:
     metrics |= {"curves": curves} | measured
     metrics |= {"test_kl_per_position_bits": core.kl_per_position(model, test).tolist()}
     metrics |= cost_of_another_code(model, test[:4000])
-    core.write_metrics(out, metrics)
+    core.write_results(out, metrics)
 
     # 4. Figures and report.
-    title = f"bonus: receptive field {args.receptive_field}, {args.prior} prior, {data.name}"
     floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, {"": floor}, f"{title}\n{bound}", out / "curves.png")
-    draw_figures(model, test, title, out)
+    core.plot_curves({"": curves}, {"": floor}, f"bonus, {data.name}\n{bound}", out / "curves.png")
+    draw_figures(model, test, out)
     for first in range(0, args.samples, 100):
         z = model.prior.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
         core.write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
-    core.write_report(out, report(metrics))
+    core.write_results(out, metrics, report(metrics))
     if args.evaluate:
         return
 
@@ -424,8 +408,7 @@ def main(argv: list[str] | None = None) -> None:
         core.fit(smaller, splits, replace(recipe, epochs=table_epochs), path, about, args.resume, name)
         row = {"receptive_field": size, "epochs": table_epochs, **core.in_bits(core.evaluate(smaller, test), 3072)}
         metrics.setdefault("receptive_fields", []).append(row)
-    core.write_metrics(out, metrics)
-    core.write_report(out, report(metrics))
+    core.write_results(out, metrics, report(metrics))
 
 
 if __name__ == "__main__" and not core.pasted_into_cell():

@@ -19,7 +19,6 @@ import platform
 import re
 import signal
 import sys
-import textwrap
 import time
 import warnings
 import zlib
@@ -49,7 +48,7 @@ if not IN_KERNEL:
 
 
 class Terms(NamedTuple):
-    """The two terms of the negative ELBO, each [B], in nats: recon = -log p(data|z) and kl = log q(z|x) - log p(z).
+    """Both terms of the negative ELBO, each [B], nats: recon = -log p(data|z) and kl = log q(z|x) - log p(z).
     In 2a and 2b recon is of levels + u, 3072 ln 128 included; only recon + kl is a bound for levels.
     """
 
@@ -58,17 +57,17 @@ class Terms(NamedTuple):
 
     @property
     def neg_elbo(self) -> Tensor:
-        """-ELBO = recon + kl, [B], nats. For one z, minus the log importance weight log p(x, z) - log q(z|x)."""
+        """-ELBO, [B], nats; of one z, minus the log importance weight log p(x, z) - log q(z|x)."""
         return self.recon + self.kl
 
 
 def noise(kind: Callable, shape: tuple[int, ...], device: Any, generator: torch.Generator | None = None) -> Tensor:
-    """torch.randn or torch.rand; with a generator, which lives on the CPU, the same on every device."""
+    """torch.randn or torch.rand; with a generator, of the CPU, the same on every device."""
     return kind(shape, generator=generator, device="cpu" if generator else device).to(device)
 
 
 def seed_of(*key: str | int) -> int:
-    """A 32-bit seed from words and numbers, such as ("evaluation", seed, batch), by numpy's SeedSequence."""
+    """A 32-bit seed from words and numbers, such as ("evaluation", seed, batch)."""
     numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
@@ -96,9 +95,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def bounded_log_std(raw: Tensor) -> Tensor:
-    """A smooth, increasing map onto (-7, 3), b tanh(raw / b) with b the bound on raw's side; elementwise.
-    (The handout's plain tanh keeps a log std above -1. For pixels in [-1, 1] that is a std of 47 grey levels or more:
-    6.88 bits/dim with a perfect mean.)
+    """A smooth, increasing map onto (-7, 3), b tanh(raw / b) with b the bound on raw's side; elementwise. (With the
+    handout's plain tanh a pixel's std is at least 47 grey levels: 6.88 bits/dim with a perfect mean.)
     """
     high, low = LOG_STD_HIGH * torch.tanh(raw / LOG_STD_HIGH), LOG_STD_LOW * torch.tanh(raw / LOG_STD_LOW)
     return torch.where(raw > 0, high, low)
@@ -116,7 +114,7 @@ def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
 
 
 class StandardNormal(nn.Module):
-    """The prior p(z) = N(0, I); and, for a subclass, of z = f(eps) with eps ~ N(0, I), here with f the identity."""
+    """The prior p(z) = N(0, I). A subclass is the prior of z = f(eps), eps ~ N(0, I); here f is the identity."""
 
     zeros: Tensor
 
@@ -134,7 +132,7 @@ class StandardNormal(nn.Module):
         return z, z.new_zeros(len(z))
 
     def mean_and_log_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of each p(z_i | z_<i), which is normal: two tensors that broadcast to z."""
+        """Of each p(z_i | z_<i), which is normal: two tensors that broadcast to z."""
         return self.zeros, self.zeros
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -154,7 +152,7 @@ PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128
 
 
 def bits_per_dim(nats: Any, num_dims: int) -> Any:
-    """nats / (num_dims ln 2): nats per example -> bits per dimension. The laboratory's only conversion of units."""
+    """nats / (num_dims ln 2): nats per example -> bits per dimension. The only conversion of units."""
     return nats / (num_dims * math.log(2))
 
 
@@ -176,20 +174,19 @@ def bin_centres(levels: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor) -> Tensor:
-    """The grey level in whose bin x lies: inverts `dequantise` for u <= 1 - 2**-16. float [...] -> uint8 [...]."""
+    """The level in whose bin x lies: inverts `dequantise` for u <= 1 - 2**-16. float [...] -> uint8 [...]."""
     return ((x + 1) * PIXEL_SCALE).floor().clamp(0, 255).to(torch.uint8)
 
 
 def density_to_levels(log_p_x: Tensor, num_dims: int) -> Tensor:
-    """log p(x) -> log p(v), v = levels + u, whose mean over u is at most log P(levels). [B] -> [B], nats.
-    v = 128 (x + 1), so log p(v) = log p(x) - num_dims ln 128; E_u log p(v) <= log P(levels) by Jensen (Theis et al.
-    2016, arXiv:1511.01844, section 3.1).
+    """log p(x) -> log p(v), v = levels + u = 128 (x + 1): log p(x) - num_dims ln 128. [B] -> [B], nats.
+    Its mean over u is at most log P(levels), by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1).
     """
     return log_p_x - num_dims * math.log(PIXEL_SCALE)
 
 
 def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
-    """Means over examples in bits/dim of -ELBO, KL and decoder term, and the standard errors of the first two."""
+    """Means over examples, bits/dim, of -ELBO, KL and decoder term; standard errors of the first two."""
     neg_elbo, kl = bits_per_dim(terms.neg_elbo, num_dims), bits_per_dim(terms.kl, num_dims)
     return {
         "neg_elbo_bpd": neg_elbo.mean().item(),
@@ -209,7 +206,7 @@ def standard_error(x: Tensor) -> float:
 
 
 class VAE(nn.Module):
-    """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)) and p(z), a prior that can be swapped.
+    """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)), and p(z), a prior that can be swapped.
     encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. A subclass may replace `to_x` and `log_p_x`.
     """
 
@@ -234,9 +231,8 @@ class VAE(nn.Module):
 
     def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
         """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
-        log q(z|x) is differentiated through z alone, as its other derivative has mean zero: so where q(z|x) is the true
-        posterior, not only recon + kl has no noise, but the encoder's gradient too (Roeder et al. 2017,
-        arXiv:1703.09194).
+        log q is differentiated through z alone, as its other derivative has mean zero: where q(z|x) is the true posterior,
+        the encoder's gradient then has no noise (Roeder et al. 2017, arXiv:1703.09194).
         """
         return normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
 
@@ -245,7 +241,7 @@ class VAE(nn.Module):
         return normal_log_prob(x, *self.decoder(z))
 
     def loss(self, data: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
-        """What training minimises: mean of recon + kl_weight kl, bits/dim, []. done: the fraction of training so far."""
+        """For training: mean of recon + kl_weight kl, bits/dim, []. done: the fraction of training so far."""
         recon, kl = self(data)
         return bits_per_dim((recon + kl_weight * kl).mean(), data[0].numel())
 
@@ -263,8 +259,7 @@ class VAE(nn.Module):
 
 class ImageVAE(VAE):
     """The VAE of question 2: 8-bit images, dequantised; recon + kl bounds -log P(levels) from above.
-    levels uint8 [B, 3, 32, 32]; z [B, C, 8, 8] with C = latent_channels. The prior is made last, so that 2a and 2b
-    start from the same encoder and decoder.
+    levels uint8 [B, 3, 32, 32]; z [B, C, 8, 8]. The prior is made last: 2a and 2b start from the same networks.
     """
 
     def __init__(self, latent_channels: int, prior: type[StandardNormal]):
@@ -276,7 +271,7 @@ class ImageVAE(VAE):
         return dequantise(levels, noise(torch.rand, tuple(levels.shape), levels.device, generator))
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
-        """The normal's log density at x, taken to that of levels + u (`density_to_levels`). -> [B], nats."""
+        """The normal's log density, taken to levels + u (`density_to_levels`). -> [B], nats."""
         return density_to_levels(super().log_p_x(x, z), x[0].numel())
 
 
@@ -300,8 +295,8 @@ class GaussianMLP(nn.Module):
 
 class GatedResidualBlock(nn.Module):
     """x + a * sigmoid(b), with (a, b) the halves of [relu, conv to hidden, relu, conv to 2 x width].
-    A gated linear unit (Dauphin et al. 2017, arXiv:1612.08083) as the residual branch. The handout's 64 * 2 filters do
-    not fit its stream of 256 channels, so the second convolution has 2 x 256. [B, width, H, W] -> the same.
+    A gated linear unit (Dauphin et al. 2017, arXiv:1612.08083) as residual branch. The handout's 64 * 2 filters do not
+    fit its stream of 256 channels: the second convolution has 2 x 256. [B, width, H, W] -> the same.
     """
 
     def __init__(self, width: int, hidden: int = 64, size: int = 3):
@@ -320,8 +315,8 @@ def residual_stack(width: int) -> nn.Sequential:
 
 
 class ConvEncoder(nn.Module):
-    """q(z|x): the handout's convolutions, then a linear 1x1 head, as the stack ends in a relu and a mean has a sign.
-    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: so the decoder learns to use z early.
+    """q(z|x): the handout's convolutions, and a linear 1x1 head, as a mean has a sign and the stack ends in a relu.
+    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: so z is used early.
     """
 
     def __init__(self, latent_channels: int):
@@ -342,7 +337,7 @@ class ConvEncoder(nn.Module):
 
 class ConvDecoder(nn.Module):
     """p(x|z): the handout's decoder, with 6 output channels in place of 3: a mean and a log std for each pixel.
-    z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32]; its `net` alone gives out_channels features for each pixel.
+    z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32]; `net` alone gives out_channels features for each pixel.
     """
 
     def __init__(self, latent_channels: int, out_channels: int = 6):
@@ -398,9 +393,9 @@ class MaskedResidual(nn.Module):
 
 class FlowPrior(StandardNormal):
     """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i.
-    i runs over the positions in raster order, all channels at once. s and t come from a PixelCNN: a 3x3 convolution
-    with mask A, three residual layers with mask B, and a 1x1 layer that starts at zero, so that the flow starts as the
-    identity. Chen et al. 2017 (arXiv:1611.02731), equations 12 to 14.
+    i runs over positions in raster order, all channels at once. s and t come from a PixelCNN: a 3x3 convolution with mask
+    A, three residual layers with mask B, and a 1x1 layer that starts at zero: the flow starts as the identity. Chen et al.
+    2017 (arXiv:1611.02731), equations 12 to 14.
     """
 
     def __init__(self, latent_shape: tuple[int, ...], width: int = 128):
@@ -419,17 +414,17 @@ class FlowPrior(StandardNormal):
         return t, bounded_log_std(raw)
 
     def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """eps = (z - t(z)) exp(-s(z)), all positions in one pass, and its log |det d eps / d z| = -sum s.
-        z [B, C, H, W] -> eps [B, C, H, W], log_det [B], nats. The Jacobian is triangular in raster order.
+        """eps = (z - t(z)) exp(-s(z)), in one pass, and log |det d eps / d z| = -sum s: the Jacobian is triangular.
+        z [B, C, H, W] -> eps [B, C, H, W], log_det [B], nats.
         """
         t, s = self.mean_and_log_std(z)
         return (z - t) * torch.exp(-s), -sum_dims(s)
 
     @torch.no_grad()
     def eps_to_z(self, eps: Tensor) -> Tensor:
-        """The inverse of `z_to_eps`: z <- t(z) + exp(s(z)) eps, until nothing changes. [B, C, H, W] -> the same.
-        t and s depend on earlier positions alone, so with each pass more positions are exact: on 8 x 8 all are after 22,
-        the longest chain of positions that see each other (Song et al. 2021, arXiv:2002.03629).
+        """The inverse of `z_to_eps`: z <- t(z) + exp(s(z)) eps until nothing changes. [B, C, H, W] -> the same.
+        t and s depend on earlier positions alone, so each pass makes more positions exact: on 8 x 8 all after 22, the
+        longest chain of positions that see each other (Song et al. 2021, arXiv:2002.03629).
         """
         z = eps
         for _ in range(eps[0, 0].numel() + 1):
@@ -442,8 +437,8 @@ class FlowPrior(StandardNormal):
 
 def check_prior(prior: StandardNormal) -> float:
     """How far a prior is from its definition, at one z that it draws; 0 up to rounding. In float64, on the CPU.
-    The larger of |z_to_eps(eps_to_z(eps)) - eps| and of log_prob's distance, in nats, from log N(eps; 0, I) by
-    torch.distributions + log |det d eps / d z| by autograd's Jacobian.
+    The larger of |z_to_eps(eps_to_z(eps)) - eps| and of log_prob's distance, nats, from log N(eps; 0, I) by
+    torch.distributions + log |det d eps / d z| by autograd.
     """
     prior = copy.deepcopy(prior).cpu().double()
     eps = torch.randn(1, *prior.latent_shape, generator=fixed_noise("check"), device="cpu").double()
@@ -462,7 +457,7 @@ SVHN_SIZES = (65_931, 7_326, 26_032)
 
 
 class Data(NamedTuple):
-    """A data set: its name in reports, and its splits train, valid and test, each [N, ...]."""
+    """A data set: its name in reports; and train, valid and test, each [N, ...]."""
 
     name: str
     splits: dict[str, Tensor]
@@ -480,16 +475,25 @@ def sha256_of(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def split_points(name: str, points: np.ndarray) -> Data:
-    """Points [N, 2]: first 80 % train, the last tenth of it kept for validation; last 20 % test."""
+def split_points(name: str, points: np.ndarray, batch_size: int) -> Data:
+    """Points [N, 2]: first 80 % train, of which the last tenth is for validation; last 20 % test."""
     x = torch.from_numpy(points).float()
     before_test = int(0.8 * len(x))
-    return Data(name, dict(zip(SPLITS, x.tensor_split([before_test * 9 // 10, before_test]), strict=True)))
+    train, valid, test = x.tensor_split([before_test * 9 // 10, before_test])
+    check_batch_size(batch_size, len(train))
+    return Data(name, {"train": train, "valid": valid, "test": test})
 
 
-def load_images(data: str, root: str, limit: int | None, seed: int, only_test: bool) -> Data:
-    """The images that --data names, as splits uint8 [N, 3, 32, 32]; under --limit N, N, N/10 and N/10 of them.
-    root: SVHN's folder. seed: of the split of a user's images. only_test: a user's test images alone will do.
+def check_batch_size(batch_size: int, examples: int) -> None:
+    """Refuse a batch that the training set cannot fill, or that the processes cannot share."""
+    world = rank_and_world()[1]
+    if batch_size > examples or batch_size % world:
+        fail(f"--batch-size {batch_size} does not fit {examples} training examples and {world} process(es); change it")
+
+
+def load_images(data: str, root: str, limit: int | None, seed: int, batch_size: int) -> Data:
+    """The images that --data names, uint8 [N, 3, 32, 32] each split; under --limit N, N, N/10 and N/10 of them.
+    root: SVHN's folder. seed: of a user's images' split. batch_size: 0 if none is trained on; test alone will do then.
     """
     limited = (limit, limit // 10, limit // 10) if limit else None
     if data == "svhn":
@@ -497,12 +501,13 @@ def load_images(data: str, root: str, limit: int | None, seed: int, only_test: b
     elif data == "synthetic":
         name, arrays = "synthetic (a stand-in for SVHN)", make_synthetic(limited or SVHN_SIZES)
     else:
-        name, arrays = load_own(Path(data), seed, only_test)
+        name, arrays = load_own(Path(data), seed, only_test=batch_size == 0)
     if limited:
         arrays = [x[:n] for x, n in zip(arrays, limited, strict=True)]
         name += f", at most {limit} training images"
     splits = {k: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for k, x in zip(SPLITS, arrays, strict=True)}
     print(f"data: {name}: " + ", ".join(f"{len(x):,} {k}" for k, x in splits.items()))
+    check_batch_size(batch_size, len(splits["train"]))
     return Data(name, splits)
 
 
@@ -532,10 +537,11 @@ SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation":
 
 def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarray]]:
     """A user's images: the data's name, and train, valid and test, each uint8 [N, 32, 32, 3].
-    Sets named train, valid and test are the splits; without valid, a tenth of train is. A single set is split 80/10/10.
+    Sets of these names are the splits; without valid, a tenth of train is. A single set is split 80/10/10.
     """
     read: dict[str, list[np.ndarray]] = {}
-    for split, source, image in progress_bar(own_images(path), desc=f"reading {path}"):
+    print(f"reading {path}")
+    for split, source, image in own_images(path):
         try:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a level")
@@ -564,7 +570,7 @@ def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarr
 
 def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
     """Of each image below a folder, or in an npz file: its set, where it comes from, and the image.
-    The set is the split that the subfolder or the array is named for, else "images". What is no image is passed over.
+    The set is the split that its subfolder or array is named for. What is no image is passed over.
     """
     if path.is_dir():
         formats = Image.registered_extensions()
@@ -592,14 +598,8 @@ def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
             yield SPLIT_NAMES.get(key.lower(), key), key, Image.fromarray(image)
 
 
-def check_above(excess: float, error: float) -> None:
-    """Raise ValueError if a bound is more than four standard errors below its floor: that is a defect of the code."""
-    if excess < -4 * error:
-        raise ValueError(f"a bound {-excess:.4f} ± {error:.4f} bits/dim below its floor: a defect, not a discovery")
-
-
 def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
-    """The mean file of a lossless codec of Pillow's, headers and all, bits/dim. images uint8 [N, 3, 32, 32]."""
+    """The mean file of a lossless codec of Pillow's, all included, bits/dim. images uint8 [N, 3, 32, 32]."""
     num_bytes = 0
     for x in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -640,7 +640,7 @@ def synthetic_batches() -> Iterator[tuple[np.ndarray, Tensor, dict[str, Tensor]]
 
 
 def draw_scenes(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The random numbers behind n scenes, each [n] or [n, k]: u_* from U[0, 1), z_* from N(0, 1), all independent."""
+    """What n scenes are made of, each [n] or [n, k]: u_* from U[0, 1), z_* from N(0, 1), independent."""
     kinds = {"u": torch.rand, "z": torch.randn}
     shapes: dict[str, tuple[int, ...]] = {  # in this order: it is part of what a seed means
         "u_font": (), "u_digits": (3,), "u_scale": (), "u_aspect": (), "z_slant": (), "z_tilt": (), "z_centre": (2,),
@@ -709,10 +709,9 @@ def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
     """Both terms for every example of x, once each, in fp32. x [N, ...] -> Terms of float64 [N], nats.
-    The noise of batch k belongs to (seed, k), not to the run: two models are compared on the same noise.
+    Batch k's noise belongs to (seed, k), not to the run: two models are compared on the same noise.
     """
-    batches = progress_bar(evaluation_batches(x), desc="evaluating", delay=2)
-    terms = [model(some, fixed_noise("evaluation", seed, k)) for k, some in enumerate(batches)]
+    terms = [model(some, fixed_noise("evaluation", seed, k)) for k, some in enumerate(evaluation_batches(x))]
     recon, kl = (torch.cat(parts).cpu().double() for parts in zip(*terms, strict=True))
     return Terms(recon, kl)
 
@@ -727,7 +726,7 @@ def evaluation_batches(x: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
-    """Both terms for points x [N, 2] under the prior N(0, I), almost without Monte Carlo noise: Terms of [N], nats.
+    """Both terms for points x [N, 2] under the prior N(0, I), with little Monte Carlo noise: Terms of [N], nats.
     The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z. Also the
     standard error, nats, that the draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N.
     """
@@ -746,7 +745,7 @@ def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
 
 
 def bounds_of_points(model: VAE, x: Tensor, floor: Tensor) -> dict[str, float]:
-    """`evaluate_points`, and how far -ELBO is above floor [N], -log p(x) of the true density, nats; in bits/dim."""
+    """`evaluate_points`, and how far -ELBO is above floor [N], the true -log p(x), nats; in bits/dim."""
     terms, of_draws = evaluate_points(model, x)
     excess = bits_per_dim(terms.neg_elbo - floor, 2)
     return {
@@ -760,7 +759,7 @@ def bounds_of_points(model: VAE, x: Tensor, floor: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def posteriors(model: Any, data: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """x, z ~ q(z|x), mu and log std, an evaluation's batch at a time, on the noise of `evaluate` with seed 0."""
+    """x, z ~ q(z|x), mu and log std, batch by batch, on the noise of `evaluate` with seed 0."""
     for k, some in enumerate(evaluation_batches(data)):
         generator = fixed_noise("evaluation", 0, k)
         x = model.to_x(some, generator)
@@ -780,7 +779,7 @@ def kl_per_position(model: Any, levels: Tensor) -> Tensor:
 
 
 def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict[str, Any]]:
-    """The terms on test; and for metrics.json, the bounds, the check of the prior, and lossless codecs beside them.
+    """The terms on test; and for metrics.json, bounds, the check of the prior, and lossless codecs.
     Bounds are of all of validation and test, and of as many images of train as validation has.
     """
     cut = splits | {"train": splits["train"][: len(splits["valid"])]}
@@ -814,9 +813,8 @@ def to_kernel(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [a, b >= a] each.
-    Five steps of Newton-Schulz, x <- f x with f = 3.4445 - 4.7750 g + 2.0315 g^2 and g = x x^T, from x / |x|. Each f is
-    a polynomial of the small g, so q collects the factors and meets x once, at the end. Matrices with the same smaller
-    side share one batched loop.
+    Five steps of Newton-Schulz, x <- f x with f = 3.4445 - 4.7750 g + 2.0315 g^2 and g = x x^T, from x / |x|. f is a
+    polynomial of the small g: q collects the factors and meets x once. Equal smaller sides share one batched loop.
     """
     results = list(matrices)
     for side in sorted({len(x) for x in matrices}):
@@ -837,8 +835,8 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 class Muon(torch.optim.Optimizer):
     """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
-    Adam moves a kernel mostly along the few directions that its gradients share; here every direction counts alike.
-    K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    Adam moves a kernel along the few directions that its gradients share; here every direction counts alike. K. Jordan et
+    al. 2024 (kellerjordan.github.io/posts/muon).
     """
 
     def __init__(self, kernels: Iterable[Tensor], lr: float):
@@ -861,22 +859,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """Adam; and, if muon_lr is not 0, Muon for matrices and kernels larger than 1x1 from and to 16 channels or more.
+    """Adam; and unless muon_lr is 0, Muon for matrices and kernels larger than 1x1 with 16 channels or more.
     Adam keeps what touches pixels, 1x1 heads and biases, as Muon's authors advise.
     """
 
-    def for_muon(p: Tensor) -> bool:
-        return muon_lr > 0 and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)
-
     learned = [p for p in model.parameters() if p.requires_grad]
-    hidden, others = [p for p in learned if for_muon(p)], [p for p in learned if not for_muon(p)]
+    hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)]
+    others = [p for p in learned if not any(p is q for q in hidden)]
     adam = torch.optim.Adam(others, lr=lr, fused=others[0].device.type in ("cpu", "cuda"))
     return [adam, Muon(hidden, lr=muon_lr)] if hidden else [adam]
 
 
 @dataclass
 class Recipe:
-    """How a model is trained. lr and muon_lr are the schedule's peaks, of Adam and of Muon (`make_optimisers`)."""
+    """How a model is trained. lr, muon_lr: the schedule's peaks for Adam and for Muon."""
 
     epochs: int
     batch_size: int
@@ -893,7 +889,7 @@ CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for e
 
 @dataclass
 class Progress:
-    """Where a training stands: with weights and optimisers, all that `fit` needs to go on."""
+    """Where a training stands; with weights and optimisers, all that `fit` needs to go on."""
 
     step: int = 0
     seconds: float = 0.0
@@ -906,18 +902,16 @@ KEEP_SECONDS = 60  # between checkpoints
 
 
 def fit(
-    model: Any, splits: dict[str, Tensor], recipe: Recipe, path: Path, about: dict[str, Any], resume: bool, name: str = ""
+    model: Any, splits: dict[str, Tensor], recipe: Recipe, path: Path, about: dict[str, Any], resume: bool = False,
+    name: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Minimise model.loss on splits["train"]; leave the weights in the model that were best on validation.
-
-    At up to 21 steps the first examples of every split are evaluated: the curves, which are returned. path: the
-    checkpoint, written every minute and at the end, with `about` in it. With resume, training goes on from there, on
-    one machine to the same bits: order and noise of a step depend on seed, step and process alone.
+    """Minimise model.loss on splits["train"]; leave the weights that were best on validation in the model; -> curves.
+    Curves are of the first examples of every split, at up to 21 steps. path: the checkpoint, written every minute and at
+    the end, with `about` in it. With resume, training goes on from there, on one machine to the same bits: order and noise
+    of a step depend on seed, step and process alone.
     """
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
     steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the remainder of its own random order
-    if steps_per_epoch == 0 or recipe.batch_size % world:
-        fail(f"--batch-size {recipe.batch_size} does not fit {len(train)} training examples and {world} processes")
     steps = recipe.epochs * steps_per_epoch
     optimisers = make_optimisers(model, recipe.lr, recipe.muon_lr)
     about = about | {"data": sha256_of(splits)}
@@ -928,18 +922,20 @@ def fit(
     # So few that curves take a tenth of the time: 21 points of 3 splits see 21 * 3 / 360 of the examples trained on.
     examples = min(len(splits["valid"]), max(32, recipe.epochs * len(train) // 360))
     few = {split: x[: progress.curves.setdefault("examples", examples)] for split, x in splits.items()}
+    steps_of_curves = {round(steps * (k / 20) ** 2) for k in range(20)}  # denser early; and one after the last step
     started, saved_at = time.monotonic() - progress.seconds, -math.inf
-    for step in progress_bar(range(progress.step, steps), initial=progress.step, total=steps, desc=name or "training"):
+    bar = dict(initial=progress.step, total=steps, desc=name or "training", leave=False, disable=True if rank else None)
+    for step in tqdm.auto.tqdm(range(progress.step, steps), **bar):
         epoch, place = divmod(step, steps_per_epoch)
         progress.step, progress.seconds = step, round(time.monotonic() - started, 1)
-        if step in steps_of_curve(steps):
+        if step in steps_of_curves:
             add_to_curves(progress, model, few, step / steps_per_epoch, path, name)
         if time.monotonic() - saved_at > KEEP_SECONDS:
             save_progress(path, about, progress, model, optimisers)
             saved_at = time.monotonic()
         if place == 0 or order is None:
-            order = torch.randperm(len(train), generator=fixed_noise("order", recipe.seed, epoch), device="cpu")
-            order = order.to(device)
+            generator = fixed_noise("order", recipe.seed, epoch)
+            order = torch.randperm(len(train), generator=generator, device="cpu").to(device)
         batch = order[place * recipe.batch_size : (place + 1) * recipe.batch_size][rank::world]
         done = (step + 0.5) / steps
         kl_weight = min(1.0, done / recipe.kl_warmup) if recipe.kl_warmup else 1.0
@@ -952,11 +948,6 @@ def fit(
     save_progress(path, about, progress, model, optimisers)
     model.load_state_dict(progress.best_weights)
     return progress.curves
-
-
-def steps_of_curve(steps: int) -> set[int]:
-    """Before the first step, after the last and 19 times between them, denser early: steps (k / 20)^2."""
-    return {round(steps * (k / 20) ** 2) for k in range(21)}
 
 
 def train_step(
@@ -982,7 +973,7 @@ def train_step(
 def add_to_curves(
     progress: Progress, model: Any, splits: dict[str, Tensor], epoch: float, path: Path, name: str
 ) -> None:
-    """Evaluate the splits, print a line, add a row to the curves; keep weights that are the best on validation."""
+    """Evaluate, print a line, add to the curves; keep the weights if they are the best on validation."""
     curves = progress.curves
     if progress.step in curves["step"]:  # before an interruption
         return
@@ -1001,16 +992,12 @@ def add_to_curves(
     if bounds["valid"]["neg_elbo_bpd"] < progress.best_bound:
         progress.best_bound, progress.best_weights = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
         curves |= {"best_step": progress.step, "best_epoch": round(epoch, 4)}
-    columns = {"step": curves["step"], "epoch": curves["epoch"]}
-    columns |= {f"{split}_{key}": curves[split][key] for split, key in itertools.product(SPLITS, CURVE_KEYS)}
-    table = "".join(",".join(map(str, row)) + "\n" for row in (columns, *zip(*columns.values(), strict=True)))
-    csv = "curves.csv" if path.name == "checkpoint.pt" else f"{path.stem}_curves.csv"
-    write_whole(path.with_name(csv), table.encode())
-
-
-def progress_bar(items: Iterable[Any], **options: Any) -> Any:
-    """tqdm's bar, of the first process, on a terminal or in a notebook."""
-    return tqdm.auto.tqdm(items, leave=False, disable=True if rank_and_world()[0] else None, **options)
+    columns = [curves["step"], curves["epoch"], *(curves[split][key] for split in SPLITS for key in CURVE_KEYS)]
+    names = ["step", "epoch", *(f"{split}_{key}" for split in SPLITS for key in CURVE_KEYS)]
+    table = "".join(",".join(map(str, row)) + "\n" for row in (names, *zip(*columns, strict=True)))
+    write_whole(
+        path.with_name("curves.csv" if path.stem == "checkpoint" else f"{path.stem}_curves.csv"), table.encode()
+    )
 
 
 # Several processes, started by torchrun: in training each takes its part of a batch, with its own noise, and gradients
@@ -1087,8 +1074,8 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
 
 
 def claim(out: Path, resume: bool) -> filelock.FileLock | None:
-    """Make the folder this run's own for as long as the lock is kept; refused if another run is alive there.
-    An earlier run's results are moved, whole, to a folder with a number, OUT/q2b to OUT/q2b.1; with resume they stay.
+    """Make the folder this run's own while the lock is kept; refused if another run is alive there.
+    An earlier run's results are moved, whole, from OUT/q2b to OUT/q2b.1, ...; with resume they stay.
     """
     if rank_and_world()[0]:  # rank 0 writes for all
         return None
@@ -1119,21 +1106,18 @@ def write_whole(path: Path, contents: bytes) -> None:
         os.replace(part, path)
 
 
-def write_metrics(out: Path, metrics: dict[str, Any]) -> None:
-    """metrics.json. NaN and infinity are errors."""
+def write_results(out: Path, metrics: dict[str, Any], report: str = "") -> None:
+    """metrics.json, in which NaN and infinity are errors; and report.md, once there is a report."""
     write_whole(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_report(out: Path, report: str) -> None:
-    """report.md."""
-    write_whole(out / "report.md", report.encode())
-    print(f"wrote {out / 'report.md'}, its figures and metrics.json")
+    if report:
+        write_whole(out / "report.md", report.encode())
+        print(f"wrote {out / 'report.md'}, its figures and metrics.json")
 
 
 def describe_run(
     script: str, args: argparse.Namespace, data: dict[str, Any], device: str, precision: str, *models: nn.Module
 ) -> dict[str, Any]:
-    """The head of metrics.json: what ran, with what, on which data and machine."""
+    """The head of metrics.json: what ran, on which data and machine."""
     info = Path("/proc/cpuinfo")  # of Linux
     cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     name = f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
@@ -1161,9 +1145,8 @@ def save_figure(fig: Any, path: Path) -> None:
 
 
 def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], title: str, path: Path) -> None:
-    """-ELBO, KL and decoder term against the step, bits/dim, in a row for each model: train thin, validation bold.
-    floors: for each model what -ELBO is held against, dotted: {label: value}, with a split's name in its colour. The
-    highest early points may lie above the axes: they would flatten the rest.
+    """-ELBO, KL and decoder term against the step, bits/dim, a row for each model: train thin, validation bold.
+    floors: for each model {label: value}, dotted, a split's in its colour. Early points may lie above the axes.
     """
     styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
     size = (11, 0.8 + 3 * len(curves))
@@ -1189,27 +1172,20 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], tit
     save_figure(fig, path)
 
 
-def plot_images(panels: dict[str, Tensor], columns: int, title: str, path: Path, stacked: bool = False) -> None:
-    """Panels {title: images uint8 [N, 3, 32, 32]}, side by side or stacked; a pixel is 2 x 2 dots."""
+def save_grid(panels: Iterable[Tensor], columns: int, path: Path, stacked: bool = False) -> None:
+    """Panels of images, each uint8 [N, 3, 32, 32], side by side or stacked, as a PNG with 2 x 2 dots for a pixel."""
     from torchvision.utils import make_grid  # here, as it takes two seconds
 
-    grids = [make_grid(images.cpu(), columns, padding=1, pad_value=255) for images in panels.values()]
-    grids = [F.pad(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), (10, 10, 30, 0), value=255) for grid in grids]
-    _, h, w = grids[0].shape
-    picture = torch.cat(grids, 1 if stacked else 2)
-    title = "\n".join(textwrap.fill(line, picture.shape[2] // 10) for line in title.splitlines())  # 10 dots a letter
-    top = 22 * (title.count("\n") + 1) + 8
-    picture = F.pad(picture, (0, 0, top, 10), value=255).permute(1, 2, 0)
-    height, width, _ = picture.shape
-    fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    ax = fig.add_axes((0, 0, 1, 1))  # as large as the picture, dot by dot
-    ax.imshow(picture.numpy(), interpolation="none")
-    ax.set_axis_off()
-    fig.suptitle(title, fontsize=10, y=1 - 8 / height)
-    for k, name in enumerate(panels):
-        x, y = (0, k * h) if stacked else (k * w, 0)
-        fig.text((x + 10) / width, 1 - (top + y + 24) / height, name, fontsize=9)
-    save_figure(fig, path)
+    grids = [F.pad(make_grid(x.cpu(), columns, padding=1, pad_value=255), (8, 8, 8, 8), value=255) for x in panels]
+    picture = torch.cat(grids, 1 if stacked else 2).repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0)
+    drawn = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(drawn, "PNG")
+    write_whole(path, drawn.getvalue())
+    if IN_KERNEL:
+        plt.figure(figsize=(9, 9 * picture.shape[0] / picture.shape[1]), layout="constrained")
+        plt.imshow(picture)
+        plt.axis("off")
+        plt.show()
 
 
 def straight_lines(ends: Tensor, steps: int) -> Tensor:
@@ -1229,26 +1205,21 @@ def evenly_spaced(x: Tensor, n: int) -> Tensor:
     return x[torch.linspace(0, len(x) - 1, min(n, len(x)) // 2 * 2).long().to(x.device)]
 
 
-def draw_image_figures(model: ImageVAE, test: Tensor, title: str, out: Path) -> None:
-    """Of 2a and 2b: 100 samples; interpolations of five pairs of test images, in z and in eps; reconstructions."""
+def draw_image_figures(model: ImageVAE, test: Tensor, out: Path) -> None:
+    """Of 2a and 2b: 100 samples; interpolations of five test pairs, in z and in eps; reconstructions."""
     x, mu = model.sample(100, fixed_noise("samples"))
-    panels = {"µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z) at the same z": quantise(x)}
-    plot_images(panels, 10, f"{title}\n100 samples, z ~ p(z)", out / "samples.png")
-
+    save_grid((quantise(mu), quantise(x)), 10, out / "samples.png")
     images = evenly_spaced(test, 10)
     with torch.no_grad():
         codes, _ = model.encoder(bin_centres(images))  # the posterior's means
         eps, _ = model.prior.z_to_eps(codes)
-    paths = {"straight in z": straight_lines(codes, steps=10)}  # both ends included
+    paths = [straight_lines(codes, steps=10)]  # both ends included
     if isinstance(model.prior, FlowPrior):
-        paths["straight in ε, the flow's noise"] = model.prior.eps_to_z(straight_lines(eps, steps=10))
-    panels = {name: between_ends(images, quantise(model.decode(z)[1])) for name, z in paths.items()}
-    name = f"{title}\ninterpolations, true test images at the ends"
-    plot_images(panels, 12, name, out / "interpolations.png", stacked=True)
-
+        paths.append(model.prior.eps_to_z(straight_lines(eps, steps=10)))
+    rows = [between_ends(images, quantise(model.decode(z)[1])) for z in paths]
+    save_grid(rows, 12, out / "interpolations.png", stacked=True)
     x, mu = model.decode(codes, fixed_noise("reconstructions"))
-    panels = {"test images": images, "µ(z), the decoder's mean": quantise(mu), "x ~ p(x|z)": quantise(x)}
-    plot_images(panels, 10, f"{title}\nfrom the posterior's mean", out / "reconstructions.png", stacked=True)
+    save_grid((images, quantise(mu), quantise(x)), 10, out / "reconstructions.png", stacked=True)
 
 
 def write_images(images: Tensor, folder: Path, first: int) -> None:
@@ -1263,29 +1234,26 @@ def with_error(found: dict[str, Any], name: str) -> str:
     return f"{found[name + '_bpd']:.4f} ± {found[name + '_se_bpd']:.4f}"
 
 
-def training_text(metrics: dict[str, Any]) -> str:
-    """A report's lines on the data, the model and its training."""
+def bounds_text(metrics: dict[str, Any]) -> str:
+    """The first section of an image script's report: what was trained on what, and what an image costs."""
     args, data, curves, env = metrics["args"], metrics["data"], metrics["curves"], metrics["env"]
     smoke = "**A --smoke run on tiny sizes: its numbers tell nothing.**\n\n" * args["smoke"]
     unfinished = " **The training was not finished.**" * (curves["epoch"][-1] < args["epochs"])
     machine = "by an earlier run" if args["evaluate"] else f"on {env['device']}, in {env['precision']}"
-    return f"""{smoke}Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation and {data["test"]:,}
-test images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8. Trained to epoch {curves["epoch"][-1]:g}
-in {curves["seconds"]:,.0f} s, {machine}; batches of {args["batch_size"]}, peak rates {args["lr"]:g} (Adam) and
-{args["muon_lr"]:g} (Muon).{unfinished}"""
-
-
-def bounds_text(metrics: dict[str, Any]) -> str:
-    """A report's answer to what an image costs: the bound on each split, beside lossless codecs."""
-    final, curves, gap = metrics["final"], metrics["curves"], metrics["check_prior_nats"]
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics["test_codecs_bpd"].items())
     rows = "\n".join(
         f"| {name} | {with_error(f, 'neg_elbo')} | {f['kl_bpd']:.4f} | {f['recon_bpd']:.4f} |"
-        for name, f in final.items()
+        for name, f in metrics["final"].items()
     )
-    entropy = "Dotted: the entropy of the synthetic images' law." if metrics["args"]["data"] == "synthetic" else ""
+    gap = metrics["check_prior_nats"]
     verdict = "" if gap <= 1e-6 else " **CHECK FAILED: trust no KL here.**"
-    return f"""**A test image costs at most {final["test"]["neg_elbo_bpd"]:.3f} bits/dim, on average.** A uniform guess
+    return f"""{smoke}Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation, {data["test"]:,} test
+images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8, trained to epoch {curves["epoch"][-1]:g} in
+{curves["seconds"]:,.0f} s, {machine}.{unfinished}
+
+## 1. The bound on train, validation and test
+
+**A test image costs at most {metrics["final"]["test"]["neg_elbo_bpd"]:.3f} bits/dim, on average.** A uniform guess
 costs 8. Lossless files of the first test images (1,000 at most), headers and all: {codecs}.
 
 | split | −ELBO, bits/dim | KL term | decoder term |
@@ -1293,13 +1261,13 @@ costs 8. Lossless files of the first test images (1,000 at most), headers and al
 {rows}
 
 Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise; −ELBO is the sum of the two terms. ± is one
-standard error over images; it includes the noise of one draw per image. "train": its first images, as many as
-validation has. Check of the prior, 0 up to rounding: log p(z) is {gap:.1g} nats from what autograd gives.{verdict}
+standard error over images, the noise of one draw per image included. "train": as many images as validation has. The
+prior's log p(z) is {gap:.1g} nats from what autograd gives (0 up to rounding).{verdict}
 
 ![curves](curves.png)
 
-The bounds during training, on the first {curves["examples"]:,} images of each split. The weights kept are the best on
-validation, of epoch {curves["best_epoch"]:g}. {entropy}"""
+The bounds during training, on the first {curves["examples"]:,} images of each split; dotted, the entropy of synthetic
+images. The weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -1348,7 +1316,7 @@ def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with errors in one line, and the flags of all scripts or of all image scripts."""
+    """argparse without abbreviations, with errors in one line, and the flags of all scripts, or of image scripts."""
 
     def __init__(self, script: str, images: bool = False):
         show_defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -1357,23 +1325,23 @@ class Parser(argparse.ArgumentParser):
         add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
         add("--batch-size", type=number(int, 1, 10**9), help="examples per step")
         add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
-        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches, noise; of a file's split")
+        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches, noise")
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
         add("--out", default="results", help=f"results go to OUT/{script}")
-        add("--resume", action="store_true", help="go on with the run in OUT, with its arguments; --epochs may grow")
-        add("--smoke", action="store_true", help=f"the whole path on tiny sizes, offline, into OUT/smoke/{script}")
+        add("--resume", action="store_true", help="go on with the run in OUT; --epochs may grow")
+        add("--smoke", action="store_true", help=f"tiny sizes, offline, into OUT/smoke/{script}")
         if not images:
             return
-        add("--data", help="svhn, synthetic, FILE.npz or a FOLDER of images; with --smoke, synthetic unless given")
+        add("--data", help="svhn, synthetic, FILE.npz or a FOLDER of images")
         add("--data-root", default="data", help="where SVHN is, or is downloaded to")
-        add("--limit", type=number(int, 20, 10**9), help="of training images; of validation and test a tenth as many")
+        add("--limit", type=number(int, 20, 10**9), help="of training images; validation and test: a tenth")
         add("--latents", type=number(int, 1, 256), help="channels of z, 8 x 8 positions")
-        add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon, for kernels; 0: Adam alone")
+        add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon; 0: Adam alone")
         add("--kl-warmup", type=number(float, 0, 1), help="fraction of training in which the KL's weight rises to 1")
-        add("--handout", action="store_true", help="train as the handout recommends: Adam at a constant 2e-4")
-        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: what is fastest")
-        add("--evaluate", metavar="RUN", help=f"a checkpoint: train nothing; all else, into OUT/{script}/evaluate")
-        add("--samples", type=number(int, 0, 10**6), default=0, help="so many samples as samples/0000.png, ...")
+        add("--handout", action="store_true", help="the handout's training: Adam at a constant 2e-4")
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: the fastest")
+        add("--evaluate", metavar="RUN", help=f"a checkpoint: no training; into OUT/{script}/evaluate")
+        add("--samples", type=number(int, 0, 10**6), default=0, help="so many, as samples/0000.png, ...")
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (see --help)")
@@ -1389,8 +1357,8 @@ def parse_args(
     checkpoint: str = "checkpoint.pt",
 ) -> tuple[argparse.Namespace, Path]:  # fmt: skip
     """The command line -> (arguments, the folder for the results); prints them. Errors: one line, exit status 2.
-    What is not typed comes from the run that --resume or --evaluate names; else from the flags --smoke and --handout,
-    and from `defaults`. checkpoint: in the run's folder, the file that holds its arguments.
+    What is not typed comes from the run that --resume or --evaluate names, else from --smoke, --handout and `defaults`.
+    checkpoint: the file in a run's folder that holds its arguments.
     """
     if argv is None and pasted_into_cell():
         argv = []
@@ -1419,7 +1387,7 @@ def parse_args(
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """The arguments of ours that differ from theirs, with both values; "" if none does."""
+    """Which arguments of ours differ from theirs, with both values; "" if none does."""
     both = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
     return ", ".join(f"--{k.replace('_', '-')} ({theirs}, now {ours})" for k, (theirs, ours) in both.items())
 
@@ -1428,7 +1396,7 @@ THREADS = torch.get_num_threads()  # as many as the machine has cores, or what O
 
 
 def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS) -> tuple[str, str]:
-    """--device and --precision, with auto resolved to what is fastest here; joins other processes. Prints a line."""
+    """--device and --precision, with auto resolved to what is fastest here; joins other processes."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, here in present.items() if here)

@@ -27,23 +27,25 @@ def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
     return f"""# 2a: a convolutional VAE with a standard normal prior
 
-{core.training_text(metrics)}
-
-## 1. The bound on train, validation and test
-
 {core.bounds_text(metrics)}
 
 ## 2. Samples
 
 ![samples](samples.png)
 
+z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z.
+
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
 
+True test images at both ends; between them µ(z) on a straight line in z.
+
 ## Reconstructions
 
 ![reconstructions](reconstructions.png)
+
+Test images; µ(z), the decoder's mean, at the posterior's mean z; x ~ p(x|z) of the same z.
 """
 
 
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     device, precision = core.choose_machine(args.device, args.precision)
 
     # 1. Data and model.
-    data = core.load_images(args.data, args.data_root, args.limit, args.seed, only_test=bool(args.evaluate))
+    data = core.load_images(args.data, args.data_root, args.limit, args.seed, 0 if args.evaluate else args.batch_size)
     splits = {name: x.to(device) for name, x in data.splits.items()}
     test = splits["test"]
     torch.manual_seed(args.seed)
@@ -74,18 +76,17 @@ def main(argv: list[str] | None = None) -> None:
     _, measured = core.measure_images(model, splits)
     metrics = core.describe_run("q2a", args, data.describe(), device, precision, model)
     metrics |= {"curves": curves} | measured
-    core.write_metrics(out, metrics)
+    core.write_results(out, metrics)
 
     # 4. Figures and report.
-    title = f"2a: standard normal prior, {data.name}"
     floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, {"": floor}, f"{title}\n{bound}", out / "curves.png")
-    core.draw_image_figures(model, test, title, out)
+    core.plot_curves({"": curves}, {"": floor}, f"2a: standard normal prior, {data.name}\n{bound}", out / "curves.png")
+    core.draw_image_figures(model, test, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
         core.write_images(core.quantise(x), out / "samples", first)
-    core.write_report(out, report(metrics))
+    core.write_results(out, metrics, report(metrics))
 
 
 if __name__ == "__main__" and not core.pasted_into_cell():

@@ -72,7 +72,6 @@ def paired(before: Tensor, after: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Terms) -> dict[str, Any]:
     """What the flow changes on test, paired by image, and what it does to z.
-
     a: 2a; fitted: 2a with a flow fitted to its codes; b: 2b, with its terms on test.
     """
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
@@ -96,7 +95,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
 
 
 def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
-    """(i) where the difference comes from; (ii) what is in the KL; (iii) KL by position, correlation of neighbours."""
+    """(i) where the difference comes from; (ii) what is in the KL; (iii) KL by position, correlations."""
     fig, axes = plt.subplots(1, 5, figsize=(17, 3.8), layout="constrained")
     bars = {"2b − 2a": found["neg_elbo"], "a better\nprior alone": found["prior_alone"], "the rest": found["rest"]}
     errors = [2 * bar["se_bpd"] for bar in bars.values()]
@@ -166,7 +165,8 @@ tells more, such upper bounds do not say.
 **(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (mean over channels of
 absolute values); of ε, after the flow, by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}). The maps
 show what each position costs: in 2b the first one, which the flow cannot predict, {positions[0, 0]:.1f} bits, an
-average one {positions.mean():.1f}. Below, 2a decodes ε directly; 2b passes the same ε through the flow first.
+average one {positions.mean():.1f}. Below: samples x ~ p(x|z) of 2a (left), which decodes ε directly, and of 2b, which
+passes the same ε through the flow first.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)"""
 
@@ -179,23 +179,25 @@ not trained again."""
         comparison = comparison_text(metrics["against_2a"])
     return f"""# 2b: the same VAE with an autoregressive flow prior
 
-{core.training_text(metrics)}
-
-## 1. The bound on train, validation and test
-
 {core.bounds_text(metrics)}
 
 ## 2. Samples
 
 ![samples](samples.png)
 
+z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z.
+
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
 
+True test images at both ends; between them µ(z) on a straight line: above in z, below in ε, the flow's noise.
+
 ## Reconstructions
 
 ![reconstructions](reconstructions.png)
+
+Test images; µ(z), the decoder's mean, at the posterior's mean z; x ~ p(x|z) of the same z.
 
 ## Does the autoregressive prior make a difference, and why?
 
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     comparing = args.compare and not args.evaluate
 
     # 1. Data and model.
-    data = core.load_images(args.data, args.data_root, args.limit, args.seed, only_test=bool(args.evaluate))
+    data = core.load_images(args.data, args.data_root, args.limit, args.seed, 0 if args.evaluate else args.batch_size)
     splits = {name: x.to(device) for name, x in data.splits.items()}
     test = splits["test"]
     torch.manual_seed(args.seed)
@@ -240,18 +242,17 @@ def main(argv: list[str] | None = None) -> None:
     of_test, measured = core.measure_images(model, splits)
     metrics = core.describe_run("q2b", args, data.describe(), device, precision, model)
     metrics |= {"curves": curves} | measured
-    core.write_metrics(out, metrics)
+    core.write_results(out, metrics)
 
     # 4. Figures and report.
-    title = f"2b: flow prior, {data.name}"
     floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, {"": floor}, f"{title}\n{bound}", out / "curves.png")
-    core.draw_image_figures(model, test, title, out)
+    core.plot_curves({"": curves}, {"": floor}, f"2b: flow prior, {data.name}\n{bound}", out / "curves.png")
+    core.draw_image_figures(model, test, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
         core.write_images(core.quantise(x), out / "samples", first)
-    core.write_report(out, report(metrics))
+    core.write_results(out, metrics, report(metrics))
 
     # 5. The comparison: 2a, 2a with a flow fitted to its codes, and 2b. Then the report again.
     if comparing:
@@ -265,13 +266,10 @@ def main(argv: list[str] | None = None) -> None:
         path = out / f"flow_on_2a_of_{args.epochs}_epochs.pt"
         core.fit(fitted, splits, replace(recipe, epochs=epochs, kl_warmup=None), path, about, args.resume, "flow on 2a")
         metrics["against_2a"] = compare(model_a, fitted, model, test, of_test) | {"prior_alone_epochs": epochs}
-        core.write_metrics(out, metrics)
         plot_comparison(metrics["against_2a"], f"2b against 2a, {data.name}", out / "experiments.png")
         (of_a, _), (of_b, _) = (m.sample(100, core.fixed_noise("samples")) for m in (model_a, model))
-        panels = {"2a, N(0, I)": core.quantise(of_a), "2b, flow": core.quantise(of_b)}
-        name = "100 samples x ~ p(x|z), the same ε for both priors"
-        core.plot_images(panels, 10, name, out / "samples_2a_2b.png")
-        core.write_report(out, report(metrics))
+        core.save_grid((core.quantise(of_a), core.quantise(of_b)), 10, out / "samples_2a_2b.png")
+        core.write_results(out, metrics, report(metrics))
 
 
 if __name__ == "__main__" and not core.pasted_into_cell():
