@@ -46,8 +46,7 @@ def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels:
     """log P(level) of a logistic on [-1, 1], discretised to equal bins; elementwise, nats.
     Level v is the bin from 2v/L - 1 to 2(v+1)/L - 1, the first and the last with the tails. With a < b the edges in units
     of the scale, in log space, so that nothing underflows:
-        log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b))
-    """
+        log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b))"""
     step, sharpness = 2 / num_levels, torch.exp(-log_scale)
     a = (levels * step - 1 - mu) * sharpness
     b = ((levels + 1.0) * step - 1 - mu) * sharpness  # in floats, as in uint8 255 + 1 is 0
@@ -73,8 +72,7 @@ def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> T
     """log P of pixels under a mixture each, colours in the order R -> G -> B, summed over pixels.
     A component's mean of G is moved by c0 (R - mu_R), its mean of B by c1 (R - mu_R) + c2 (G - mu_G), with the true
     levels' bin centres: one joint distribution of the three (Salimans et al. 2017, arXiv:1701.05517, section 2.2).
-    levels [B, 3, H, W] integers, params [B, 10 K, H, W] -> [B], nats.
-    """
+    levels [B, 3, H, W] integers, params [B, 10 K, H, W] -> [B], nats."""
     logits, mu, log_scale, coefficients = split_params(params)
     c0, c1, c2 = coefficients.unbind(2)
     x = ((levels + 0.5) * (2 / num_levels) - 1)[:, None]
@@ -87,8 +85,7 @@ def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> T
 def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
     """A level for each colour from uniform noise, as bin centres in [-1, 1]; exactly of `mixture_log_prob`.
     params [B, 10 K, P, 1], u in (0, 1) [B, K + 3, P, 1]: K to choose the component (Gumbel-max), 3 for the colours.
-    -> [B, 3, P, 1].
-    """
+    -> [B, 3, P, 1]."""
     logits, *of_colours = split_params(params)
     chosen = (logits - torch.log(-torch.log(u[:, :-3]))).argmax(1)[:, None, None].expand(-1, -1, 3, -1, -1)
     mu, log_scale, c = (t.gather(1, chosen)[:, 0].unbind(1) for t in of_colours)  # three of (B, P, 1) each
@@ -111,8 +108,7 @@ class LocalPixelCNN(nn.Module):
     left (the paper's 7 x 4 is n = 3). They are gathered; all else is 1 x 1, so that nothing else is seen.
     Neighbouring pixels are nearly equal, and what is new is in their small differences. So a neighbour is seen as its
     difference from the average of the pixels to the left and above. The mixture's means are corrections to that average,
-    added in fp32, as bf16's 8 bits would blur the levels.
-    """
+    added in fp32, as bf16's 8 bits would blur the levels."""
 
     def __init__(self, latent_channels: int, receptive_field: int):
         super().__init__()
@@ -134,8 +130,7 @@ class LocalPixelCNN(nn.Module):
     def neighbours(self, x: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """What pixels in rows i and columns j, int64, which broadcast to [P, Q], see of x [B, 3, 32, 32].
         -> [B, 4 T + 3, P, Q]: GAIN (neighbour - average) for each colour, 0 outside the image; whether the neighbour is
-        inside, 1 or 0; and the average, of those of its two pixels that are inside (0 in the corner).
-        """
+        inside, 1 or 0; and the average, of those of its two pixels that are inside (0 in the corner)."""
         n = self.receptive_field
         t = torch.arange(2 * n * (n + 1), device=x.device)[:, None, None]  # in raster order; the pixel itself is next
         padded = F.pad(torch.cat([x, torch.ones_like(x[:, :1])], 1), (n, n, n, 0))
@@ -159,8 +154,7 @@ class LocalPixelCNN(nn.Module):
     def sample(self, z: Tensor, u: Tensor, slope: int | None = None) -> Tensor:
         """x ~ p(x|z) from u ~ U[0, 1) [B or 1, K + 3, 32, 32] (see `mixture_sample`): uint8 [B, 3, 32, 32].
         One anti-diagonal after the other (`wavefronts`), at the new positions only; in float64 on the CPU, so that every
-        device, and any slope that is large enough, draws the same levels.
-        """
+        device, and any slope that is large enough, draws the same levels."""
         net = copy.deepcopy(self).cpu().double()
         features = self.features(z).cpu().double()
         u64 = u.cpu().double() + 2.0**-25  # to the middle of its 24-bit bin
@@ -173,8 +167,7 @@ class LocalPixelCNN(nn.Module):
 def wavefronts(slope: int) -> list[tuple[Tensor, Tensor]]:
     """The 32 x 32 positions in groups of equal j + slope i, in that order: rows i, columns j, each int64 [P, 1].
     With slope n + 1 every neighbour is in an earlier group (n columns right and a row up: n - slope = -1), so a group is
-    drawn at once. With slope 32 every group is one pixel: raster order.
-    """
+    drawn at once. With slope 32 every group is one pixel: raster order."""
     groups = [[i for i in range(32) if 0 <= k - slope * i < 32] for k in range(31 * slope + 32)]
     rows = [torch.tensor(group, device="cpu")[:, None] for group in groups]
     return [(i, k - slope * i) for k, i in enumerate(rows)]
@@ -190,8 +183,7 @@ class NoCode(nn.Module):
 
 class LossyVAE(VAE):
     """The VAE of 2b with a local PixelCNN as its decoder; recon + kl bounds -log P(levels) from above.
-    levels uint8 [B, 3, 32, 32]. blind: a remedy for a code that stays empty (`loss`).
-    """
+    levels uint8 [B, 3, 32, 32]. blind: a remedy for a code that stays empty (`loss`)."""
 
     decoder: LocalPixelCNN
 
@@ -213,8 +205,7 @@ class LossyVAE(VAE):
     def loss(self, levels: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
         """The negative ELBO, and blind * (1 - done) times a second decoder term, bits/dim, [].
         In it pixels see z but no neighbours: a decoder learns faster from neighbours, and once it does without z it never
-        uses z again. It fades, as it asks for more in z than pays.
-        """
+        uses z again. It fades, as it asks for more in z than pays."""
         x = self.to_x(levels)
         z, mu, log_std = self.posterior(x)
         features = self.decoder.features(z)
@@ -385,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Figures and report.
     floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, {"": floor}, f"bonus, {data.name}\n{bound}", out / "curves.png")
+    core.plot_curves({"": curves}, floor, f"bonus, {data.name}\n{bound}", out / "curves.png")
     draw_figures(model, test, out)
     for first in range(0, args.samples, 100):
         z = model.prior.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))

@@ -49,8 +49,7 @@ if not IN_KERNEL:
 
 class Terms(NamedTuple):
     """Both terms of the negative ELBO, each [B], nats: recon = -log p(data|z) and kl = log q(z|x) - log p(z).
-    In 2a and 2b recon is of levels + u, 3072 ln 128 included; only recon + kl is a bound for levels.
-    """
+    In 2a and 2b recon is of levels + u, 3072 ln 128 included; only recon + kl is a bound for levels."""
 
     recon: Tensor
     kl: Tensor
@@ -96,8 +95,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def bounded_log_std(raw: Tensor) -> Tensor:
     """A smooth, increasing map onto (-7, 3), b tanh(raw / b) with b the bound on raw's side; elementwise. (With the
-    handout's plain tanh a pixel's std is at least 47 grey levels: 6.88 bits/dim with a perfect mean.)
-    """
+    handout's plain tanh a pixel's std is at least 47 grey levels: 6.88 bits/dim with a perfect mean.)"""
     high, low = LOG_STD_HIGH * torch.tanh(raw / LOG_STD_HIGH), LOG_STD_LOW * torch.tanh(raw / LOG_STD_LOW)
     return torch.where(raw > 0, high, low)
 
@@ -156,13 +154,6 @@ def bits_per_dim(nats: Any, num_dims: int) -> Any:
     return nats / (num_dims * math.log(2))
 
 
-def iwae(log_w: Tensor) -> Tensor:
-    """The importance-weighted bound log (1/K) sum_k w_k on log p(x). log_w [K, ...] -> [...], nats.
-    log_w = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x). K = 1 is the ELBO (Burda et al. 2016, arXiv:1509.00519).
-    """
-    return torch.logsumexp(log_w, 0) - math.log(len(log_w))
-
-
 def dequantise(levels: Tensor, u: Tensor | float) -> Tensor:
     """x = (levels + u) / 128 - 1: integers 0..255 and u ~ U[0, 1), same shape, to continuous x in [-1, 1]."""
     return (levels + u) / PIXEL_SCALE - 1
@@ -180,8 +171,7 @@ def quantise(x: Tensor) -> Tensor:
 
 def density_to_levels(log_p_x: Tensor, num_dims: int) -> Tensor:
     """log p(x) -> log p(v), v = levels + u = 128 (x + 1): log p(x) - num_dims ln 128. [B] -> [B], nats.
-    Its mean over u is at most log P(levels), by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1).
-    """
+    Its mean over u is at most log P(levels), by Jensen (Theis et al. 2016, arXiv:1511.01844, section 3.1)."""
     return log_p_x - num_dims * math.log(PIXEL_SCALE)
 
 
@@ -207,8 +197,7 @@ def standard_error(x: Tensor) -> float:
 
 class VAE(nn.Module):
     """q(z|x) = N(encoder(x)), p(x|z) = N(decoder(z)), and p(z), a prior that can be swapped.
-    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. A subclass may replace `to_x` and `log_p_x`.
-    """
+    encoder: x -> (mu, log_std) of z; decoder: z -> (mu, log_std) of x. A subclass may replace `to_x` and `log_p_x`."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: StandardNormal):
         super().__init__()
@@ -232,8 +221,7 @@ class VAE(nn.Module):
     def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
         """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
         log q is differentiated through z alone, as its other derivative has mean zero: where q(z|x) is the true posterior,
-        the encoder's gradient then has no noise (Roeder et al. 2017, arXiv:1703.09194).
-        """
+        the encoder's gradient then has no noise (Roeder et al. 2017, arXiv:1703.09194)."""
         return normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
@@ -259,8 +247,7 @@ class VAE(nn.Module):
 
 class ImageVAE(VAE):
     """The VAE of question 2: 8-bit images, dequantised; recon + kl bounds -log P(levels) from above.
-    levels uint8 [B, 3, 32, 32]; z [B, C, 8, 8]. The prior is made last: 2a and 2b start from the same networks.
-    """
+    levels uint8 [B, 3, 32, 32]; z [B, C, 8, 8]. The prior is made last: 2a and 2b start from the same networks."""
 
     def __init__(self, latent_channels: int, prior: type[StandardNormal]):
         encoder, decoder = ConvEncoder(latent_channels), ConvDecoder(latent_channels)
@@ -296,8 +283,7 @@ class GaussianMLP(nn.Module):
 class GatedResidualBlock(nn.Module):
     """x + a * sigmoid(b), with (a, b) the halves of [relu, conv to hidden, relu, conv to 2 x width].
     A gated linear unit (Dauphin et al. 2017, arXiv:1612.08083) as residual branch. The handout's 64 * 2 filters do not
-    fit its stream of 256 channels: the second convolution has 2 x 256. [B, width, H, W] -> the same.
-    """
+    fit its stream of 256 channels: the second convolution has 2 x 256. [B, width, H, W] -> the same."""
 
     def __init__(self, width: int, hidden: int = 64, size: int = 3):
         super().__init__()
@@ -316,8 +302,7 @@ def residual_stack(width: int) -> nn.Sequential:
 
 class ConvEncoder(nn.Module):
     """q(z|x): the handout's convolutions, and a linear 1x1 head, as a mean has a sign and the stack ends in a relu.
-    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: so z is used early.
-    """
+    x [B, 3, 32, 32] -> mu, log_std, each [B, C, 8, 8]. Log stds start near -2: so z is used early."""
 
     def __init__(self, latent_channels: int):
         super().__init__()
@@ -337,8 +322,7 @@ class ConvEncoder(nn.Module):
 
 class ConvDecoder(nn.Module):
     """p(x|z): the handout's decoder, with 6 output channels in place of 3: a mean and a log std for each pixel.
-    z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32]; `net` alone gives out_channels features for each pixel.
-    """
+    z [B, C, 8, 8] -> mu, log_std, each [B, 3, 32, 32]; `net` alone gives out_channels features for each pixel."""
 
     def __init__(self, latent_channels: int, out_channels: int = 6):
         super().__init__()
@@ -358,8 +342,7 @@ class ConvDecoder(nn.Module):
 
 def causal_mask(mask_type: str, size: int) -> Tensor:
     """PixelCNN's mask (van den Oord et al. 2016, arXiv:1601.06759), [size, size]: 1 where a weight may stay.
-    In raster order a position sees the rows above and what is to its left; "B" sees itself too.
-    """
+    In raster order a position sees the rows above and what is to its left; "B" sees itself too."""
     if mask_type not in ("A", "B"):
         raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
     mask = torch.zeros(size * size)
@@ -395,8 +378,7 @@ class FlowPrior(StandardNormal):
     """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i.
     i runs over positions in raster order, all channels at once. s and t come from a PixelCNN: a 3x3 convolution with mask
     A, three residual layers with mask B, and a 1x1 layer that starts at zero: the flow starts as the identity. Chen et al.
-    2017 (arXiv:1611.02731), equations 12 to 14.
-    """
+    2017 (arXiv:1611.02731), equations 12 to 14."""
 
     def __init__(self, latent_shape: tuple[int, ...], width: int = 128):
         super().__init__(latent_shape)
@@ -415,8 +397,7 @@ class FlowPrior(StandardNormal):
 
     def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """eps = (z - t(z)) exp(-s(z)), in one pass, and log |det d eps / d z| = -sum s: the Jacobian is triangular.
-        z [B, C, H, W] -> eps [B, C, H, W], log_det [B], nats.
-        """
+        z [B, C, H, W] -> eps [B, C, H, W], log_det [B], nats."""
         t, s = self.mean_and_log_std(z)
         return (z - t) * torch.exp(-s), -sum_dims(s)
 
@@ -424,8 +405,7 @@ class FlowPrior(StandardNormal):
     def eps_to_z(self, eps: Tensor) -> Tensor:
         """The inverse of `z_to_eps`: z <- t(z) + exp(s(z)) eps until nothing changes. [B, C, H, W] -> the same.
         t and s depend on earlier positions alone, so each pass makes more positions exact: on 8 x 8 all after 22, the
-        longest chain of positions that see each other (Song et al. 2021, arXiv:2002.03629).
-        """
+        longest chain of positions that see each other (Song et al. 2021, arXiv:2002.03629)."""
         z = eps
         for _ in range(eps[0, 0].numel() + 1):
             t, s = self.mean_and_log_std(z)
@@ -438,8 +418,7 @@ class FlowPrior(StandardNormal):
 def check_prior(prior: StandardNormal) -> float:
     """How far a prior is from its definition, at one z that it draws; 0 up to rounding. In float64, on the CPU.
     The larger of |z_to_eps(eps_to_z(eps)) - eps| and of log_prob's distance, nats, from log N(eps; 0, I) by
-    torch.distributions + log |det d eps / d z| by autograd.
-    """
+    torch.distributions + log |det d eps / d z| by autograd."""
     prior = copy.deepcopy(prior).cpu().double()
     eps = torch.randn(1, *prior.latent_shape, generator=fixed_noise("check"), device="cpu").double()
     z = prior.eps_to_z(eps)
@@ -493,8 +472,7 @@ def check_batch_size(batch_size: int, examples: int) -> None:
 
 def load_images(data: str, root: str, limit: int | None, seed: int, batch_size: int) -> Data:
     """The images that --data names, uint8 [N, 3, 32, 32] each split; under --limit N, N, N/10 and N/10 of them.
-    root: SVHN's folder. seed: of a user's images' split. batch_size: 0 if none is trained on; test alone will do then.
-    """
+    root: SVHN's folder. seed: of a user's images' split. batch_size: 0 if none is trained on; test alone will do then."""
     limited = (limit, limit // 10, limit // 10) if limit else None
     if data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(root))
@@ -513,8 +491,7 @@ def load_images(data: str, root: str, limit: int | None, seed: int, batch_size: 
 
 def load_svhn(root: Path) -> list[np.ndarray]:
     """SVHN's cropped digits (Netzer et al. 2011), three uint8 [N, 32, 32, 3], downloaded and checked by torchvision.
-    The official train file is split 65,931 / 7,326 by a fixed permutation.
-    """
+    The official train file is split 65,931 / 7,326 by a fixed permutation."""
     from torchvision.datasets import SVHN  # here, as it takes two seconds
 
     first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -523,7 +500,7 @@ def load_svhn(root: Path) -> list[np.ndarray]:
     try:
         train, test = (SVHN(str(root), split, download=True).data.transpose(0, 2, 3, 1) for split in ("train", "test"))
     except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
-        hint = "put the official train_32x32.mat and test_32x32.mat there, or delete broken copies and go online"
+        hint = "put the official train_32x32.mat and test_32x32.mat there, or go online"
         fail(f"no usable SVHN in {root} ({error}): {hint}; --data synthetic needs no download")
     if first_of_machine and rank_and_world()[1] > 1:
         dist.barrier()
@@ -537,8 +514,7 @@ SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation":
 
 def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarray]]:
     """A user's images: the data's name, and train, valid and test, each uint8 [N, 32, 32, 3].
-    Sets of these names are the splits; without valid, a tenth of train is. A single set is split 80/10/10.
-    """
+    Sets of these names are the splits; without valid, a tenth of train is. A single set is split 80/10/10."""
     read: dict[str, list[np.ndarray]] = {}
     print(f"reading {path}")
     for split, source, image in own_images(path):
@@ -548,7 +524,7 @@ def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarr
             upright = ImageOps.exif_transpose(image)  # as the camera was held
             read.setdefault(split, []).append(np.asarray(upright.convert("RGB").resize((32, 32))))
         except Exception as error:  # each of Pillow's formats has its own
-            fail(f"--data {path}: {source} is no readable 8-bit image ({error}); mend, convert or remove it")
+            fail(f"--data {path}: {source} is no readable 8-bit image ({error}); convert or remove it")
     images, random = {split: np.stack(some) for split, some in read.items()}, np.random.RandomState(seed)
     name = f"{path.resolve().name}, made RGB of 32 x 32"
     if only_test and set(images) == {"test"}:
@@ -570,8 +546,7 @@ def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarr
 
 def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
     """Of each image below a folder, or in an npz file: its set, where it comes from, and the image.
-    The set is the split that its subfolder or array is named for. What is no image is passed over.
-    """
+    The set is the split that its subfolder or array is named for. What is no image is passed over."""
     if path.is_dir():
         formats = Image.registered_extensions()
         for file in sorted(path.rglob("*")):
@@ -582,7 +557,7 @@ def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
                 yield SPLIT_NAMES.get(top.lower(), "images") if below else "images", file.name, Image.open(file)
             except UnidentifiedImageError:
                 if formats.get(file.suffix.lower()) in Image.OPEN:
-                    fail(f"--data {path}: {file.name} is no readable image; mend or remove it")
+                    fail(f"--data {path}: {file.name} is no readable image; remove it")
         return
     wanted = "wanted: uint8 [N, height, width, 3] in an npz file; or a folder of images; or svhn; or synthetic"
     try:
@@ -709,8 +684,7 @@ def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
     """Both terms for every example of x, once each, in fp32. x [N, ...] -> Terms of float64 [N], nats.
-    Batch k's noise belongs to (seed, k), not to the run: two models are compared on the same noise.
-    """
+    Batch k's noise belongs to (seed, k), not to the run: two models are compared on the same noise."""
     terms = [model(some, fixed_noise("evaluation", seed, k)) for k, some in enumerate(evaluation_batches(x))]
     recon, kl = (torch.cat(parts).cpu().double() for parts in zip(*terms, strict=True))
     return Terms(recon, kl)
@@ -728,8 +702,7 @@ def evaluation_batches(x: Tensor) -> tuple[Tensor, ...]:
 def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
     """Both terms for points x [N, 2] under the prior N(0, I), with little Monte Carlo noise: Terms of [N], nats.
     The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z. Also the
-    standard error, nats, that the draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N.
-    """
+    standard error, nats, that the draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N."""
     draws = 64
     kl, recon, variances = [], [], []
     for k, some in enumerate(x.split(1000)):
@@ -769,8 +742,7 @@ def posteriors(model: Any, data: Tensor) -> Iterator[tuple[Tensor, ...]]:
 @torch.no_grad()
 def kl_per_position(model: Any, levels: Tensor) -> Tensor:
     """What each position of z costs: the mean over images of log q(z_i|x) - log p(z_i|z_<i), [H, W], bits.
-    Summed over positions it is the KL term, up to rounding. levels uint8 [N, 3, 32, 32].
-    """
+    Summed over positions it is the KL term, up to rounding. levels uint8 [N, 3, 32, 32]."""
     summed = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64, device="cpu")
     for _, z, mu, log_std in posteriors(model, levels):
         kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.mean_and_log_std(z))
@@ -780,8 +752,7 @@ def kl_per_position(model: Any, levels: Tensor) -> Tensor:
 
 def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict[str, Any]]:
     """The terms on test; and for metrics.json, bounds, the check of the prior, and lossless codecs.
-    Bounds are of all of validation and test, and of as many images of train as validation has.
-    """
+    Bounds are of all of validation and test, and of as many images of train as validation has."""
     cut = splits | {"train": splits["train"][: len(splits["valid"])]}
     terms, test = {split: evaluate(model, x) for split, x in cut.items() if len(x)}, splits["test"]
     return terms["test"], {
@@ -814,8 +785,7 @@ def to_kernel(matrix: Tensor, shape: torch.Size) -> Tensor:
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [a, b >= a] each.
     Five steps of Newton-Schulz, x <- f x with f = 3.4445 - 4.7750 g + 2.0315 g^2 and g = x x^T, from x / |x|. f is a
-    polynomial of the small g: q collects the factors and meets x once. Equal smaller sides share one batched loop.
-    """
+    polynomial of the small g: q collects the factors and meets x once. Equal smaller sides share one batched loop."""
     results = list(matrices)
     for side in sorted({len(x) for x in matrices}):
         places = [k for k, x in enumerate(matrices) if len(x) == side]
@@ -836,8 +806,7 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 class Muon(torch.optim.Optimizer):
     """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
     Adam moves a kernel along the few directions that its gradients share; here every direction counts alike. K. Jordan et
-    al. 2024 (kellerjordan.github.io/posts/muon).
-    """
+    al. 2024 (kellerjordan.github.io/posts/muon)."""
 
     def __init__(self, kernels: Iterable[Tensor], lr: float):
         super().__init__(kernels, dict(lr=lr, momentum=0.95))
@@ -860,8 +829,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Adam; and unless muon_lr is 0, Muon for matrices and kernels larger than 1x1 with 16 channels or more.
-    Adam keeps what touches pixels, 1x1 heads and biases, as Muon's authors advise.
-    """
+    Adam keeps what touches pixels, 1x1 heads and biases, as Muon's authors advise."""
 
     learned = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)]
@@ -908,8 +876,7 @@ def fit(
     """Minimise model.loss on splits["train"]; leave the weights that were best on validation in the model; -> curves.
     Curves are of the first examples of every split, at up to 21 steps. path: the checkpoint, written every minute and at
     the end, with `about` in it. With resume, training goes on from there, on one machine to the same bits: order and noise
-    of a step depend on seed, step and process alone.
-    """
+    of a step depend on seed, step and process alone."""
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
     steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the remainder of its own random order
     steps = recipe.epochs * steps_per_epoch
@@ -1016,7 +983,7 @@ def join_processes(device: str) -> None:
     if device == "cuda":
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
-            fail(f"torchrun: more processes than the {gpus} GPUs of this machine; lower --nproc_per_node")
+            fail(f"torchrun: more processes than the {gpus} GPUs here; lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
     # Two hours: the others wait while one downloads SVHN.
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -1039,9 +1006,9 @@ def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any]
     saved = read_checkpoint(path)
     state = saved["progress"]
     if saved["data"] != data:
-        fail(f"--resume: {path} was trained on other data; name the same, or leave --resume out")
+        fail(f"--resume: {path} was trained on other data")
     if state["step"] > steps:
-        fail(f"--resume: {path} has done {state['step']} steps, --epochs asks for {steps}; raise --epochs")
+        fail(f"--resume: {path} has done {state['step']} steps, more than {steps}; raise --epochs")
     model.load_state_dict(state.pop("weights"))
     for optimiser, saved_state in zip(optimisers, state.pop("optimisers"), strict=True):
         optimiser.load_state_dict(saved_state)
@@ -1075,8 +1042,7 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
 
 def claim(out: Path, resume: bool) -> filelock.FileLock | None:
     """Make the folder this run's own while the lock is kept; refused if another run is alive there.
-    An earlier run's results are moved, whole, from OUT/q2b to OUT/q2b.1, ...; with resume they stay.
-    """
+    An earlier run's results are moved, whole, from OUT/q2b to OUT/q2b.1, ...; with resume they stay."""
     if rank_and_world()[0]:  # rank 0 writes for all
         return None
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0, is_singleton=True)
@@ -1084,17 +1050,17 @@ def claim(out: Path, resume: bool) -> filelock.FileLock | None:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        fail(f"another run is writing into {out}: wait for its end, or choose another --out")
+        fail(f"another run is writing into {out}; wait, or choose another --out")
     except OSError as error:
-        fail(f"cannot write into the folder {out}: {error.strerror}; choose another with --out")
+        fail(f"cannot write into {out}: {error.strerror}; choose another --out")
     earlier_run = any(path.suffix in (".json", ".pt") for path in out.iterdir())
     if resume and not earlier_run:
-        print(f"--resume: there is no earlier run in {out}; this one starts from the beginning")
+        print(f"--resume: no earlier run in {out}; this one starts from the beginning")
     elif earlier_run and not resume:
         free = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
         earlier = out.rename(next(path for path in free if not path.exists()))
         out.mkdir()
-        print(f"earlier results in {out} are now in {earlier}; to go on with an earlier run: --resume")
+        print(f"earlier results in {out} are now in {earlier}; --resume would have gone on")
     return lock
 
 
@@ -1144,10 +1110,9 @@ def save_figure(fig: Any, path: Path) -> None:
     plt.close(fig)
 
 
-def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], title: str, path: Path) -> None:
+def plot_curves(curves: dict[str, Any], floors: dict[str, float], title: str, path: Path) -> None:
     """-ELBO, KL and decoder term against the step, bits/dim, a row for each model: train thin, validation bold.
-    floors: for each model {label: value}, dotted, a split's in its colour. Early points may lie above the axes.
-    """
+    floors: what -ELBO is held against, dotted, {label: value}. The highest early points may lie above the axes."""
     styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
     size = (11, 0.8 + 3 * len(curves))
     fig, axes = plt.subplots(len(curves), 3, figsize=size, sharex=True, squeeze=False, layout="constrained")
@@ -1158,10 +1123,9 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], tit
             values = np.array([curve[split][key] for split in SPLITS])
             low, high = values.min(), max(np.quantile(values, 0.8), values[:, values.shape[1] // 2 :].max())
             if ax is row[0]:
-                low = min(low, *floors[name].values()) if floors[name] else low
-                for label, value in floors[name].items():
-                    colour = styles[SPLITS.index(label)]["color"] if label in SPLITS else "k"
-                    ax.axhline(value, ls=":", color=colour, label=None if label in SPLITS else label)
+                low = min(low, *floors.values(), low)
+                for label, value in floors.items():
+                    ax.axhline(value, ls=":", color="k", label=label)
             margin = 0.06 * (high - low) + 1e-3
             ax.set(
                 title=f"{name} {term}", xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin)
@@ -1182,10 +1146,9 @@ def save_grid(panels: Iterable[Tensor], columns: int, path: Path, stacked: bool 
     Image.fromarray(picture.numpy()).save(drawn, "PNG")
     write_whole(path, drawn.getvalue())
     if IN_KERNEL:
-        plt.figure(figsize=(9, 9 * picture.shape[0] / picture.shape[1]), layout="constrained")
-        plt.imshow(picture)
-        plt.axis("off")
-        plt.show()
+        from IPython.display import display
+
+        display(Image.open(drawn))
 
 
 def straight_lines(ends: Tensor, steps: int) -> Tensor:
@@ -1289,7 +1252,7 @@ def launch(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume goes on from the last checkpoint, at most a minute old", 130)
+        fail("interrupted; --resume goes on from the last checkpoint, at most a minute old", 130)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate", str(error)):
             raise
@@ -1358,8 +1321,7 @@ def parse_args(
 ) -> tuple[argparse.Namespace, Path]:  # fmt: skip
     """The command line -> (arguments, the folder for the results); prints them. Errors: one line, exit status 2.
     What is not typed comes from the run that --resume or --evaluate names, else from --smoke, --handout and `defaults`.
-    checkpoint: the file in a run's folder that holds its arguments.
-    """
+    checkpoint: the file in a run's folder that holds its arguments."""
     if argv is None and pasted_into_cell():
         argv = []
     parser.set_defaults(**defaults)
@@ -1380,7 +1342,7 @@ def parse_args(
         if evaluate and "data" in typed:
             saved.pop("limit")
         if differing := differences(saved, {k: v for k, v in typed.items() if k not in OF_ONE_COMMAND | may_differ}):
-            fail(f"{path} is of a run with other arguments: {differing}; leave them out, or start a new run")
+            fail(f"{path} is of a run with other arguments: {differing}; leave them out")
         values |= saved | typed
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items()))
     return argparse.Namespace(**values), out
@@ -1401,7 +1363,7 @@ def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS)
     if device == "auto":
         device = next(name for name, here in present.items() if here)
     elif not present[device]:
-        fail(f"--device {device}: this machine or this build of torch has none; use --device auto")
+        fail(f"--device {device}: torch finds none here; use --device auto")
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32; in matrix products that is torch's default
     join_processes(device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core import VAE, GaussianMLP, StandardNormal, bits_per_dim, iwae
+from core import VAE, GaussianMLP, StandardNormal, bits_per_dim
 
 CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc (2 cos t, -sin t), t in [0, pi]
 STD = 0.2
@@ -45,8 +45,7 @@ def make_points() -> tuple[np.ndarray, np.ndarray]:
 def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
     """log p(x) of the density that made the set. [N, 2] -> [N], nats.
     A third each of two round normals and of a normal whose mean is (2 cos t, -sin t), t uniform on [0, pi]; over t by the
-    midpoint rule, whose steps on the arc, at most 2 pi / 1000, are far below the noise's 0.2.
-    """
+    midpoint rule, whose steps on the arc, at most 2 pi / 1000, are far below the noise's 0.2."""
     t = (torch.arange(nodes, dtype=torch.float64) + 0.5) * math.pi / nodes
     arc = torch.stack([2 * torch.cos(t), -torch.sin(t)], 1)
     means = torch.cat([torch.tensor(CENTRES, dtype=torch.float64), arc])  # (2 + nodes, 2)
@@ -63,8 +62,7 @@ def start_model() -> VAE:
     What the first epochs do with the clusters stays: one that they tear apart is never mended, and a diagonal decoder often
     lumps two together. So the short run charges for the code only by and by; and the decoder's weights from z2 start at 0,
     so that z1 is used first and the clusters come to lie side by side along z1. A border between two is then a line of
-    constant z1, where the true posterior is nearly a product, as q(z|x) is.
-    """
+    constant z1, where the true posterior is nearly a product, as q(z|x) is."""
     model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
     with torch.no_grad():
         model.decoder.get_parameter("net.0.weight")[:, 1] = 0
@@ -79,6 +77,12 @@ def with_decoder(model: VAE, num_log_stds: int) -> VAE:
     decoder = GaussianMLP(HIDDEN, nn.ReLU, num_log_stds)
     decoder.load_state_dict(state | {name: state[name][rows] for name in last})
     return VAE(copy.deepcopy(model.encoder), decoder.to(next(iter(state.values())).device), model.prior)
+
+
+def iwae(log_w: Tensor) -> Tensor:
+    """The importance-weighted bound log (1/K) sum_k w_k on log p(x). log_w [K, ...] -> [...], nats.
+    log_w = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x). K = 1 is the ELBO (Burda et al. 2016, arXiv:1509.00519)."""
+    return torch.logsumexp(log_w, 0) - math.log(len(log_w))
 
 
 @torch.no_grad()
@@ -99,8 +103,7 @@ def log_weights(model: VAE, x: Tensor, draws: int) -> Tensor:
 def with_errors(name: str, groups: Tensor) -> dict[str, float]:
     """The mean over N points of their estimates, each the mean over G groups of draws. groups [G, N], nats -> bits/dim.
     se is the error over points, that of the draws included; mc_se is of the draws alone: sqrt(sum_n s_n^2 / G) / N, with
-    s_n^2 the variance of a point's groups.
-    """
+    s_n^2 the variance of a point's groups."""
     bits = bits_per_dim(groups, 2)
     of_draws = (bits.var(0).sum() / len(bits)).sqrt().item() / bits.shape[1]
     mean = bits.mean().item()
@@ -110,8 +113,7 @@ def with_errors(name: str, groups: Tensor) -> dict[str, float]:
 def compare_bounds(model: VAE, x: Tensor) -> dict[str, Any]:
     """ELBO and IWAE-100 of points x [N, 2] from the same draws of z, and the true density; bits/dim.
     The ELBO is the mean of log w, IWAE-100 the log of the mean of 100 weights, averaged over all groups of 100 draws.
-    Effective sample size of 100 weights: (sum w)^2 / sum w^2.
-    """
+    Effective sample size of 100 weights: (sum w)^2 / sum w^2."""
     log_w, floor = log_weights(model, x, DRAWS_PER_POINT), -true_log_prob(x)
     groups = log_w.unflatten(0, (-1, 100)).transpose(0, 1)  # (100, draws / 100, N)
     neg_elbo, neg_iwae, w = -groups.mean(0), -iwae(groups), torch.softmax(groups, 0)
@@ -191,7 +193,8 @@ Both bounds use the same {DRAWS_PER_POINT:,} samples of z for each point: the EL
 of the mean of 100 weights, averaged over {DRAWS_PER_POINT // 100} groups. The more the weights of a point differ, the
 farther IWAE is above the ELBO: the effective sample size of 100 weights is
 {first["diagonal"]["effective_samples_of_100"]:.0f} (diagonal) and {first["isotropic"]["effective_samples_of_100"]:.0f}
-(isotropic). The ± includes the error of the draws (at most {max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and
+(isotropic). The ± includes the error of the draws (at most
+{max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and
 {max(f["neg_iwae100_mc_se_bpd"] for f in first.values()):.4f} for IWAE).
 """
 
@@ -260,12 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 3. Figures and report.
-    of_curves = {
-        name: {k: bits_per_dim(floor[: curve["examples"]].mean().item(), 2) for k, floor in floors.items()}
-        for name, curve in curves.items()
-    }
-    title = "Dotted: −log p(x) of the true density, on the same points as the curve of that colour"
-    core.plot_curves(curves, of_curves, title, out / "curves.png")
+    nats = floors["test"][: curves["diagonal"]["examples"]].mean().item()  # of the points of the curves
+    core.plot_curves(curves, {"test: true density": bits_per_dim(nats, 2)}, "1B", out / "curves.png")
     samples = {name: model.sample(5000, core.fixed_noise("samples")) for name, model in models.items()}
     plot_samples(samples, data.splits["test"], final, out / "samples.png")
     plot_latents(latents, labels, final, out / "latents.png")

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Figures and report.
     floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, {"": floor}, f"2a: standard normal prior, {data.name}\n{bound}", out / "curves.png")
+    core.plot_curves({"": curves}, floor, f"2a: standard normal prior, {data.name}\n{bound}", out / "curves.png")
     core.draw_image_figures(model, test, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))

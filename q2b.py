@@ -72,8 +72,7 @@ def paired(before: Tensor, after: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Terms) -> dict[str, Any]:
     """What the flow changes on test, paired by image, and what it does to z.
-    a: 2a; fitted: 2a with a flow fitted to its codes; b: 2b, with its terms on test.
-    """
+    a: 2a; fitted: 2a with a flow fitted to its codes; b: 2b, with its terms on test."""
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
     named = {"2a": of_a, "2a_fitted_flow": of_fitted, "2b": of_b}
     z_of_a, z_of_b = (torch.cat([z for _, z, _, _ in core.posteriors(model, test[:1000])]) for model in (a, b))
@@ -247,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Figures and report.
     floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, {"": floor}, f"2b: flow prior, {data.name}\n{bound}", out / "curves.png")
+    core.plot_curves({"": curves}, floor, f"2b: flow prior, {data.name}\n{bound}", out / "curves.png")
     core.draw_image_figures(model, test, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
