@@ -24,7 +24,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -100,15 +100,11 @@ def bounded_log_std(raw: Tensor) -> Tensor:
     return torch.where(raw > 0, high, low)
 
 
-def normal_log_density(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
-    """log N(x; mu, exp(log_std)^2) of each element, in float32 or wider. mu, log_std broadcast to x [B, ...]; nats."""
-    x, mu, log_std = at_least_fp32(x), at_least_fp32(mu), at_least_fp32(log_std)
-    return -0.5 * ((x - mu) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-
-
 def normal_log_prob(x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
-    """log N(x; mu, diag exp(log_std)^2). [B, ...] -> [B], nats. Kingma & Welling 2014 (arXiv:1312.6114), C.2."""
-    return sum_dims(normal_log_density(x, mu, log_std))
+    """log N(x; mu, diag exp(log_std)^2). mu, log_std broadcast to x [B, ...] -> [B], nats; in float32 or wider.
+    Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2."""
+    x, mu, log_std = at_least_fp32(x), at_least_fp32(mu), at_least_fp32(log_std)
+    return sum_dims(-0.5 * ((x - mu) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi))
 
 
 class StandardNormal(nn.Module):
@@ -128,10 +124,6 @@ class StandardNormal(nn.Module):
     def z_to_eps(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of f, and log |det d eps / d z| [B], nats."""
         return z, z.new_zeros(len(z))
-
-    def mean_and_log_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each p(z_i | z_<i), which is normal: two tensors that broadcast to z."""
-        return self.zeros, self.zeros
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) = log N(eps; 0, I) + log |det d eps / d z|. z [B, *latent_shape] -> [B], nats."""
@@ -540,7 +532,7 @@ def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarr
     if set(images) != set(SPLITS) or min(map(len, images.values())) < (0 if only_test else 2):
         found = {split: len(some) for split, some in read.items()} or "no images"
         wanted = "sets train and test (and valid), or a single one, with two images or more in each split"
-        fail(f"--data {path}: found {found}; wanted are {wanted}; move, rename or add some")
+        fail(f"--data {path}: found {found}; wanted: {wanted}; move, rename or add some")
     return name, [images[split] for split in SPLITS]
 
 
@@ -585,12 +577,11 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
     return 8 * num_bytes / images.numel()
 
 
-# Synthetic images: a stand-in for SVHN that needs no download, drawn by a known law: scene (font, digits, pose,
-# colours, light, blur, amount of noise), picture, noise, rounding.
+# Synthetic images: a stand-in for SVHN, drawn by a known law: scene, picture, noise, rounding.
 
 SYNTHETIC_BATCH = 1024  # images that are drawn together: part of what the set is
-# Two sides of their law's entropy, bits/dim: E[-log2 P(image | its scene)], and that plus the cost of the scene; both
-# measured by tests/tools/floor.py (results/published/floor.json).
+# Two sides of their entropy, bits/dim: E[-log2 P(image | its scene)], and that plus what the scene costs; measured by
+# tests/tools/floor.py (results/published/floor.json).
 SYNTHETIC_ENTROPY = {"entropy, at least": 1.982, "entropy, at most": 2.029}
 
 
@@ -739,17 +730,6 @@ def posteriors(model: Any, data: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (x, *model.posterior(x, generator))
 
 
-@torch.no_grad()
-def kl_per_position(model: Any, levels: Tensor) -> Tensor:
-    """What each position of z costs: the mean over images of log q(z_i|x) - log p(z_i|z_<i), [H, W], bits.
-    Summed over positions it is the KL term, up to rounding. levels uint8 [N, 3, 32, 32]."""
-    summed = torch.zeros(model.prior.latent_shape[1:], dtype=torch.float64, device="cpu")
-    for _, z, mu, log_std in posteriors(model, levels):
-        kl = normal_log_density(z, mu, log_std) - normal_log_density(z, *model.prior.mean_and_log_std(z))
-        summed += kl.sum((0, 1)).cpu().double()
-    return bits_per_dim(summed / len(levels), 1)
-
-
 def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict[str, Any]]:
     """The terms on test; and for metrics.json, bounds, the check of the prior, and lossless codecs.
     Bounds are of all of validation and test, and of as many images of train as validation has."""
@@ -855,17 +835,6 @@ class Recipe:
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
 
 
-@dataclass
-class Progress:
-    """Where a training stands; with weights and optimisers, all that `fit` needs to go on."""
-
-    step: int = 0
-    seconds: float = 0.0
-    curves: dict[str, Any] = field(default_factory=dict)
-    best_bound: float = math.inf  # -ELBO on validation, bits/dim
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-
-
 KEEP_SECONDS = 60  # between checkpoints
 
 
@@ -881,24 +850,29 @@ def fit(
     steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the remainder of its own random order
     steps = recipe.epochs * steps_per_epoch
     optimisers = make_optimisers(model, recipe.lr, recipe.muon_lr)
-    about = about | {"data": sha256_of(splits)}
-    progress, order = Progress(), None
-    progress.curves = {"step": [], "epoch": [], **{split: {key: [] for key in CURVE_KEYS} for split in SPLITS}}
-    if resume and path.exists():
-        progress = load_progress(path, about["data"], model, optimisers, steps)
+    about, start, order = about | {"data": sha256_of(splits)}, 0, None
+    best: dict[str, Tensor] = {}
+    curves: dict[str, Any] = {
+        "step": [],
+        "epoch": [],
+        "seconds": 0.0,
+        **{split: {key: [] for key in CURVE_KEYS} for split in SPLITS},
+    }
     # So few that curves take a tenth of the time: 21 points of 3 splits see 21 * 3 / 360 of the examples trained on.
-    examples = min(len(splits["valid"]), max(32, recipe.epochs * len(train) // 360))
-    few = {split: x[: progress.curves.setdefault("examples", examples)] for split, x in splits.items()}
+    curves["examples"] = min(len(splits["valid"]), max(32, recipe.epochs * len(train) // 360))
+    if resume and path.exists():
+        start, curves, best = load_progress(path, about["data"], model, optimisers, steps)
+    few = {split: x[: curves["examples"]] for split, x in splits.items()}
     steps_of_curves = {round(steps * (k / 20) ** 2) for k in range(20)}  # denser early; and one after the last step
-    started, saved_at = time.monotonic() - progress.seconds, -math.inf
-    bar = dict(initial=progress.step, total=steps, desc=name or "training", leave=False, disable=True if rank else None)
-    for step in tqdm.auto.tqdm(range(progress.step, steps), **bar):
+    started, saved_at = time.monotonic() - curves["seconds"], -math.inf
+    bar = dict(initial=start, total=steps, desc=name or "training", leave=False, disable=True if rank else None)
+    for step in tqdm.auto.tqdm(range(start, steps), **bar):
         epoch, place = divmod(step, steps_per_epoch)
-        progress.step, progress.seconds = step, round(time.monotonic() - started, 1)
-        if step in steps_of_curves:
-            add_to_curves(progress, model, few, step / steps_per_epoch, path, name)
+        curves["seconds"] = round(time.monotonic() - started, 1)
+        if step in steps_of_curves and add_to_curves(curves, model, few, step, step / steps_per_epoch, path, name):
+            best = copy.deepcopy(model.state_dict())
         if time.monotonic() - saved_at > KEEP_SECONDS:
-            save_progress(path, about, progress, model, optimisers)
+            save_progress(path, about, step, curves, best, model, optimisers)
             saved_at = time.monotonic()
         if place == 0 or order is None:
             generator = fixed_noise("order", recipe.seed, epoch)
@@ -910,11 +884,12 @@ def fit(
             optimiser.param_groups[0]["lr"] = peak * SCHEDULES[recipe.schedule](done)
         torch.manual_seed(seed_of("step", recipe.seed, step, rank))
         train_step(model, optimisers, train[batch], recipe.precision, kl_weight, done)
-    progress.step, progress.seconds = steps, round(time.monotonic() - started, 1)
-    add_to_curves(progress, model, few, recipe.epochs, path, name)
-    save_progress(path, about, progress, model, optimisers)
-    model.load_state_dict(progress.best_weights)
-    return progress.curves
+    curves["seconds"] = round(time.monotonic() - started, 1)
+    if add_to_curves(curves, model, few, steps, recipe.epochs, path, name):
+        best = copy.deepcopy(model.state_dict())
+    save_progress(path, about, steps, curves, best, model, optimisers)
+    model.load_state_dict(best)
+    return curves
 
 
 def train_step(
@@ -938,33 +913,32 @@ def train_step(
 
 
 def add_to_curves(
-    progress: Progress, model: Any, splits: dict[str, Tensor], epoch: float, path: Path, name: str
-) -> None:
-    """Evaluate, print a line, add to the curves; keep the weights if they are the best on validation."""
-    curves = progress.curves
-    if progress.step in curves["step"]:  # before an interruption
-        return
+    curves: dict[str, Any], model: Any, splits: dict[str, Tensor], step: int, epoch: float, path: Path, name: str
+) -> bool:
+    """Evaluate, print a line, add to the curves; whether the model is the best on validation so far."""
+    if step in curves["step"]:  # before an interruption
+        return False
     bounds = {split: in_bits(evaluate(model, x), x[0].numel()) for split, x in splits.items()}
     values = "  ".join(f"{split} {bound['neg_elbo_bpd']:7.4f}" for split, bound in bounds.items())
     terms = f"(valid: KL {bounds['valid']['kl_bpd']:.4f} + decoder {bounds['valid']['recon_bpd']:.4f})"
-    line = f"epoch {epoch:5.2f}  step {progress.step:5d}  -ELBO bits/dim: {values}  {terms}  {progress.seconds:6.0f} s"
+    line = f"epoch {epoch:5.2f}  step {step:5d}  -ELBO bits/dim: {values}  {terms}  {curves['seconds']:6.0f} s"
     tqdm.auto.tqdm.write(f"{name}  {line}" if name else line)
     if not all(math.isfinite(bound["neg_elbo_bpd"]) for bound in bounds.values()):
-        fail(f"training diverged by step {progress.step}: the bound is not finite; try a lower --lr", status=1)
-    curves["step"].append(progress.step)
+        fail(f"training diverged by step {step}: the bound is not finite; try a lower --lr", status=1)
+    curves["step"].append(step)
     curves["epoch"].append(round(epoch, 4))
     for split, key in itertools.product(SPLITS, CURVE_KEYS):
         curves[split][key].append(bounds[split][key])
-    curves["seconds"] = progress.seconds
-    if bounds["valid"]["neg_elbo_bpd"] < progress.best_bound:
-        progress.best_bound, progress.best_weights = bounds["valid"]["neg_elbo_bpd"], copy.deepcopy(model.state_dict())
-        curves |= {"best_step": progress.step, "best_epoch": round(epoch, 4)}
     columns = [curves["step"], curves["epoch"], *(curves[split][key] for split in SPLITS for key in CURVE_KEYS)]
     names = ["step", "epoch", *(f"{split}_{key}" for split in SPLITS for key in CURVE_KEYS)]
     table = "".join(",".join(map(str, row)) + "\n" for row in (names, *zip(*columns, strict=True)))
     write_whole(
         path.with_name("curves.csv" if path.stem == "checkpoint" else f"{path.stem}_curves.csv"), table.encode()
     )
+    *earlier, bound = curves["valid"]["neg_elbo_bpd"]
+    if best := bound < min(earlier, default=math.inf):
+        curves |= {"best_step": step, "best_epoch": round(epoch, 4)}
+    return best
 
 
 # Several processes, started by torchrun: in training each takes its part of a batch, with its own noise, and gradients
@@ -992,28 +966,27 @@ def join_processes(device: str) -> None:
 
 
 def save_progress(
-    path: Path, about: dict[str, Any], progress: Progress, model: nn.Module, optimisers: list[Any]
+    path: Path, about: dict[str, Any], step: int, curves: dict, best: dict, model: nn.Module, optimisers: list[Any]
 ) -> None:
-    """The checkpoint: `about` (script, arguments, the data's hash), best weights (`state`), what --resume needs."""
+    """The checkpoint: `about` (script, arguments, the data's hash), the best weights (`state`), what --resume needs."""
     states = {"weights": model.state_dict(), "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
     buffer = io.BytesIO()
-    torch.save({**about, "state": progress.best_weights, "progress": vars(progress) | states}, buffer)
+    torch.save({**about, "step": step, "curves": curves, "state": best, **states}, buffer)
     write_whole(path, buffer.getvalue())
 
 
-def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any], steps: int) -> Progress:
-    """Give model and optimisers what the checkpoint holds; return where it stands. data: the data's hash."""
+def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any], steps: int) -> tuple[int, dict, dict]:
+    """Give model and optimisers what the checkpoint holds; -> step, curves, best weights. data: the data's hash."""
     saved = read_checkpoint(path)
-    state = saved["progress"]
     if saved["data"] != data:
         fail(f"--resume: {path} was trained on other data")
-    if state["step"] > steps:
-        fail(f"--resume: {path} has done {state['step']} steps, more than {steps}; raise --epochs")
-    model.load_state_dict(state.pop("weights"))
-    for optimiser, saved_state in zip(optimisers, state.pop("optimisers"), strict=True):
-        optimiser.load_state_dict(saved_state)
-    print(f"going on from {path}, step {state['step']} of {steps}")
-    return Progress(**state)
+    if saved["step"] > steps:
+        fail(f"--resume: {path} has done {saved['step']} steps, more than {steps}; raise --epochs")
+    model.load_state_dict(saved["weights"])
+    for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+        optimiser.load_state_dict(state)
+    print(f"going on from {path}, step {saved['step']} of {steps}")
+    return saved["step"], saved["curves"], saved["state"]
 
 
 def read_checkpoint(path: Path, script: str = "") -> dict[str, Any]:
@@ -1022,7 +995,8 @@ def read_checkpoint(path: Path, script: str = "") -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about strange files: the error says enough
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved = {key: saved[key] for key in ("script", "args", "data", "state", "progress")}
+        keys = ("script", "args", "data", "step", "curves", "state", "weights", "optimisers")
+        saved = {key: saved[key] for key in keys}
     except Exception as error:  # of the file system, zip, pickle or torch, each with its own
         fail(f"{path}: not a readable checkpoint ({(str(error).splitlines() or [type(error).__name__])[0]})")
     if script and saved["script"] != script:
@@ -1034,7 +1008,7 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give the model a checkpoint's best weights; return its training's curves."""
     saved = read_checkpoint(Path(path))
     model.load_state_dict(saved["state"])
-    return saved["progress"]["curves"]
+    return saved["curves"]
 
 
 # ---------------------------------------------------------------------------------------------- figures and files
@@ -1223,14 +1197,14 @@ costs 8. Lossless files of the first test images (1,000 at most), headers and al
 |---|---|---|---|
 {rows}
 
-Upper bounds on the code length of the 8-bit images, in fp32 on fixed noise; −ELBO is the sum of the two terms. ± is one
-standard error over images, the noise of one draw per image included. "train": as many images as validation has. The
-prior's log p(z) is {gap:.1g} nats from what autograd gives (0 up to rounding).{verdict}
+Upper bounds on the code length of the 8-bit images, in fp32; −ELBO is the sum of the two terms. ± is one standard error
+over images, the noise of one draw each included. "train": as many images as validation has. The prior's log p(z) is
+{gap:.1g} nats from what autograd gives (0 up to rounding).{verdict}
 
 ![curves](curves.png)
 
-The bounds during training, on the first {curves["examples"]:,} images of each split; dotted, the entropy of synthetic
-images. The weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
+The first {curves["examples"]:,} images of each split during training; dotted, the entropy of synthetic images. The
+weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -1279,15 +1253,15 @@ def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with errors in one line, and the flags of all scripts, or of image scripts."""
+    """argparse without abbreviations, with errors in one line, and the flags of all scripts or of image scripts."""
 
     def __init__(self, script: str, images: bool = False):
         show_defaults = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(prog=f"{script}.py", allow_abbrev=False, formatter_class=show_defaults)
-        add = self.add_argument
+        add, rate = self.add_argument, number(float, 0, 1)
         add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
         add("--batch-size", type=number(int, 1, 10**9), help="examples per step")
-        add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
+        add("--lr", type=rate, help="peak learning rate of Adam")
         add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches, noise")
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
         add("--out", default="results", help=f"results go to OUT/{script}")
@@ -1299,8 +1273,8 @@ class Parser(argparse.ArgumentParser):
         add("--data-root", default="data", help="where SVHN is, or is downloaded to")
         add("--limit", type=number(int, 20, 10**9), help="of training images; validation and test: a tenth")
         add("--latents", type=number(int, 1, 256), help="channels of z, 8 x 8 positions")
-        add("--muon-lr", type=number(float, 0, 1), help="peak learning rate of Muon; 0: Adam alone")
-        add("--kl-warmup", type=number(float, 0, 1), help="fraction of training in which the KL's weight rises to 1")
+        add("--muon-lr", type=rate, help="peak learning rate of Muon; 0: Adam alone")
+        add("--kl-warmup", type=rate, help="fraction of training in which the KL's weight rises to 1")
         add("--handout", action="store_true", help="the handout's training: Adam at a constant 2e-4")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: the fastest")
         add("--evaluate", metavar="RUN", help=f"a checkpoint: no training; into OUT/{script}/evaluate")

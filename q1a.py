@@ -154,7 +154,7 @@ points, ± one standard error over them, unless a column says otherwise.
 ![curves](curves.png)
 
 Floor: the true density's mean −log p(x) on the same points. A bound falls below it only by sampling error. The KL is in
-closed form, the decoder term the mean over 64 draws of z per point. The ± includes the error of the draws (at most
+closed form, the decoder term the mean over 64 draws of z per point; the ± includes their error (at most
 {max(f["neg_elbo_mc_se_bpd"] for f in final.values()):.5f}). Curves: one draw for each of the first points of a split.
 
 ## 2. Samples

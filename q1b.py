@@ -147,7 +147,7 @@ def report(metrics: dict[str, Any]) -> str:
 
 Two VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
 {sum(curve["seconds"] for curve in curves):.0f} s on {metrics["env"]["device"]}, after a short run that is not counted.
-All numbers are bits per dimension, ± one standard error over points.
+All in bits/dim, ± one standard error over points.
 
 ## 1. Loss curves and final losses
 
@@ -160,11 +160,11 @@ All numbers are bits per dimension, ± one standard error over points.
 
 ![curves](curves.png)
 
-Floor: −log p(x) of the density that made the data, by quadrature, on the same points. The KL is in closed form, the
-decoder term the mean over 64 draws of z per point. The ± includes the error of the draws (at most
-{max(f["test"]["neg_elbo_mc_se_bpd"] for f in final.values()):.4f} on test). Train: its first points, as many as test
-has. Both models start, at step 0, from a short run with an isotropic decoder, in which the KL's weight rose from 0 to 1
-and z₁ was used first. The weights kept are the best on validation. Curves: one draw of z for each of the first points.
+Floor: −log p(x) of the density that made the data, on the same points. The KL is in closed form, the decoder term the
+mean over 64 draws of z per point; the ± includes their error (at most
+{max(f["test"]["neg_elbo_mc_se_bpd"] for f in final.values()):.4f} on test). Train: as many points as test has. Both
+models start, at step 0, from a short run with an isotropic decoder, in which the KL's weight rose from 0 to 1 and z₁
+was used first. The weights kept are the best on validation. Curves: one draw of z for each of the first points.
 
 ## 2. Samples
 
@@ -190,10 +190,9 @@ that is no point's code: a continuous map of one Gaussian onto three separate cl
 {iwae_rows}
 
 Both bounds use the same {DRAWS_PER_POINT:,} samples of z for each point: the ELBO is the mean of log w, IWAE-100 the log
-of the mean of 100 weights, averaged over {DRAWS_PER_POINT // 100} groups. The more the weights of a point differ, the
-farther IWAE is above the ELBO: the effective sample size of 100 weights is
-{first["diagonal"]["effective_samples_of_100"]:.0f} (diagonal) and {first["isotropic"]["effective_samples_of_100"]:.0f}
-(isotropic). The ± includes the error of the draws (at most
+of the mean of 100 weights. The more the weights of a point differ, the farther IWAE is above the ELBO: the effective
+sample size of 100 weights is {first["diagonal"]["effective_samples_of_100"]:.0f} (diagonal) and
+{first["isotropic"]["effective_samples_of_100"]:.0f} (isotropic). The ± includes the error of the draws (at most
 {max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and
 {max(f["neg_iwae100_mc_se_bpd"] for f in first.values()):.4f} for IWAE).
 """
