@@ -30,21 +30,21 @@ from core import VAE, ConvDecoder, ConvEncoder, FlowPrior, StandardNormal, bits_
 COMPONENTS = 10  # K, the logistics in a pixel's mixture
 PER_COMPONENT = 1 + 3 + 3 + 3  # parameters: its logit; and for each colour a mean, a log scale and a coefficient
 WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
-GAIN = 8  # by which the differences between neighbours are enlarged before the first layer
+GAIN = 8  # enlarges the small differences between neighbours
 RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
 DEFAULTS = dict(
-    epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn", receptive_field=3, prior="flow", blind=1.0
+    epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn", receptive_field=3, prior="flow", blind=1
 )  # fmt: skip
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic", table_epochs=1)
 
 
-# ----------------------------------------------------------------------------------------- the pixel's distribution
+# ------------------------------------ the pixel's distribution
 
 
 def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels: int = 256) -> Tensor:
     """log P(level) of a logistic on [-1, 1], discretised to equal bins; elementwise, nats.
-    Level v is the bin from 2v/L - 1 to 2(v+1)/L - 1, the first and the last with the tails. With a < b the edges in units
+    Level v is the bin from 2v/L - 1 to 2(v+1)/L - 1, the first and last with the tails. With a < b the edges in units
     of the scale, in log space, so that nothing underflows:
         log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b))"""
     step, sharpness = 2 / num_levels, torch.exp(-log_scale)
@@ -99,16 +99,16 @@ def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
     return torch.stack([r, g, colour(2, c[1] * (r - mu[0]) + c[2] * (g - mu[1]))], 1)
 
 
-# -------------------------------------------------------------------------------------------------------- the model
+# --------------------------------------------------- the model
 
 
 class LocalPixelCNN(nn.Module):
     """Mixture parameters of every pixel, from z and from its neighbours before it in raster order.
-    Its T = 2 n (n + 1) neighbours are those in n = `receptive_field` rows above, up to n columns to each side, and n to its
-    left (the paper's 7 x 4 is n = 3). They are gathered; all else is 1 x 1, so that nothing else is seen.
-    Neighbouring pixels are nearly equal, and what is new is in their small differences. So a neighbour is seen as its
-    difference from the average of the pixels to the left and above. The mixture's means are corrections to that average,
-    added in fp32, as bf16's 8 bits would blur the levels."""
+    Its T = 2 n (n + 1) neighbours are those in n = `receptive_field` rows above, up to n columns to each side, and n to
+    its left (the paper's 7 x 4 is n = 3). They are gathered; all else is 1 x 1, so that nothing else is seen.
+    Neighbouring pixels are nearly equal: what is new is in their small differences. So a neighbour is seen as its
+    difference from the average of the pixels to the left and above. The mixture's means are corrections to it, added in
+    fp32, as bf16's 8 bits would blur the levels."""
 
     def __init__(self, latent_channels: int, receptive_field: int):
         super().__init__()
@@ -153,8 +153,8 @@ class LocalPixelCNN(nn.Module):
     @torch.no_grad()
     def sample(self, z: Tensor, u: Tensor, slope: int | None = None) -> Tensor:
         """x ~ p(x|z) from u ~ U[0, 1) [B or 1, K + 3, 32, 32] (see `mixture_sample`): uint8 [B, 3, 32, 32].
-        One anti-diagonal after the other (`wavefronts`), at the new positions only; in float64 on the CPU, so that every
-        device, and any slope that is large enough, draws the same levels."""
+        One anti-diagonal after the other (`wavefronts`), at the new positions only; in float64 on the CPU: any device
+        and any slope that is large enough draw the same levels."""
         net = copy.deepcopy(self).cpu().double()
         features = self.features(z).cpu().double()
         u64 = u.cpu().double() + 2.0**-25  # to the middle of its 24-bit bin
@@ -166,7 +166,7 @@ class LocalPixelCNN(nn.Module):
 
 def wavefronts(slope: int) -> list[tuple[Tensor, Tensor]]:
     """The 32 x 32 positions in groups of equal j + slope i, in that order: rows i, columns j, each int64 [P, 1].
-    With slope n + 1 every neighbour is in an earlier group (n columns right and a row up: n - slope = -1), so a group is
+    With slope n + 1 every neighbour is in an earlier group (n columns right, a row up: n - slope = -1): a group is
     drawn at once. With slope 32 every group is one pixel: raster order."""
     groups = [[i for i in range(32) if 0 <= k - slope * i < 32] for k in range(31 * slope + 32)]
     rows = [torch.tensor(group, device="cpu")[:, None] for group in groups]
@@ -204,8 +204,8 @@ class LossyVAE(VAE):
 
     def loss(self, levels: Tensor, kl_weight: float = 1.0, done: float = 0.0) -> Tensor:
         """The negative ELBO, and blind * (1 - done) times a second decoder term, bits/dim, [].
-        In it pixels see z but no neighbours: a decoder learns faster from neighbours, and once it does without z it never
-        uses z again. It fades, as it asks for more in z than pays."""
+        In it pixels see z but no neighbours: a decoder learns faster from neighbours, and once it does without z it
+        never uses z again. It fades, as it asks for more in z than pays."""
         x = self.to_x(levels)
         z, mu, log_std = self.posterior(x)
         features = self.decoder.features(z)
@@ -221,7 +221,7 @@ class LossyVAE(VAE):
         return self.decoder.sample(z, core.noise(torch.rand, shape, "cpu", core.fixed_noise(*noise_key)))
 
 
-# ------------------------------------------------------------------------------------------------------ the answers
+# ------------------------------------------------- the answers
 
 
 @torch.no_grad()
@@ -239,7 +239,8 @@ def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
 def table_text(rows: list[dict[str, Any]]) -> str:
     """Whether the receptive field moves the code, then the table, from the rows alone."""
     lines = "\n".join(
-        f"| {r['receptive_field']} | {core.with_error(r, 'neg_elbo')} | {core.with_error(r, 'kl')} | {r['recon_bpd']:.4f} |"
+        f"| {r['receptive_field']} | {core.with_error(r, 'neg_elbo')} | {core.with_error(r, 'kl')} "
+        f"| {r['recon_bpd']:.4f} |"
         for r in rows
     )
     kl, error = [r["kl_bpd"] for r in rows], math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
@@ -309,7 +310,7 @@ Test images, and three draws x ~ p(x|z) from each one's code.
 """
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------- main
 
 
 def draw_figures(model: LossyVAE, test: Tensor, out: Path) -> None:

@@ -44,7 +44,7 @@ IN_KERNEL = "ipykernel" in sys.modules  # Jupyter's or Colab's, which shows figu
 if not IN_KERNEL:
     plt.switch_backend("agg")  # figures go to files alone, whatever the environment says
 
-# ---------------------------------------------------------------------------------------------------- conventions
+# ------------------------------------------------- conventions
 
 
 class Terms(NamedTuple):
@@ -76,10 +76,10 @@ def fixed_noise(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-# -------------------------------------------------------------------------------------------------- distributions
+# ----------------------------------------------- distributions
 
-# Bounds of every learned log standard deviation. The noise of dequantisation has log(1 / (128 sqrt 12)) = -6.09 in the
-# model's units: -7 lets a decoder be sharper than the sharpest truth. The widest truth, 1A's long axis, has log 5 = 1.61.
+# Bounds of every learned log std. In the model's units dequantisation's noise has log(1 / (128 sqrt 12)) = -6.09: -7
+# lets a decoder be sharper than the sharpest truth. The widest truth, 1A's long axis, has log 5 = 1.61.
 LOG_STD_LOW, LOG_STD_HIGH = -7.0, 3.0
 
 
@@ -136,7 +136,7 @@ class StandardNormal(nn.Module):
         return self.eps_to_z(noise(torch.randn, (n, *self.latent_shape), self.zeros.device, generator))
 
 
-# ----------------------------------------------------------------------------------------------- bounds and units
+# -------------------------------------------- bounds and units
 
 PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128 - 1 lies in [-1, 1]
 
@@ -152,7 +152,7 @@ def dequantise(levels: Tensor, u: Tensor | float) -> Tensor:
 
 
 def bin_centres(levels: Tensor) -> Tensor:
-    """`dequantise` with u = 1/2: each level at the centre of its bin."""
+    """`dequantise` with u = 1/2."""
     return dequantise(levels.float(), 0.5)
 
 
@@ -180,11 +180,11 @@ def in_bits(terms: Terms, num_dims: int) -> dict[str, float]:
 
 
 def standard_error(x: Tensor) -> float:
-    """The standard error of the mean of x [N], N independent values."""
+    """Of the mean of x [N], N independent values."""
     return x.std().item() / math.sqrt(len(x))
 
 
-# ------------------------------------------------------------------------------------------------------------ VAE
+# --------------------------------------------------------- VAE
 
 
 class VAE(nn.Module):
@@ -212,7 +212,7 @@ class VAE(nn.Module):
 
     def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
         """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
-        log q is differentiated through z alone, as its other derivative has mean zero: where q(z|x) is the true posterior,
+        log q is differentiated through z alone, as its other derivative has mean zero: where q(z|x) is the posterior,
         the encoder's gradient then has no noise (Roeder et al. 2017, arXiv:1703.09194)."""
         return normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
 
@@ -254,7 +254,7 @@ class ImageVAE(VAE):
         return density_to_levels(super().log_p_x(x, z), x[0].numel())
 
 
-# --------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------ blocks
 
 
 class GaussianMLP(nn.Module):
@@ -329,7 +329,7 @@ class ConvDecoder(nn.Module):
         return mu, bounded_log_std(raw)
 
 
-# ------------------------------------------------------------------------------------------------- masks and flow
+# ---------------------------------------------- masks and flow
 
 
 def causal_mask(mask_type: str, size: int) -> Tensor:
@@ -368,9 +368,9 @@ class MaskedResidual(nn.Module):
 
 class FlowPrior(StandardNormal):
     """p(z) as an affine autoregressive flow of N(0, I): z_i = t_i(z_<i) + exp(s_i(z_<i)) eps_i.
-    i runs over positions in raster order, all channels at once. s and t come from a PixelCNN: a 3x3 convolution with mask
-    A, three residual layers with mask B, and a 1x1 layer that starts at zero: the flow starts as the identity. Chen et al.
-    2017 (arXiv:1611.02731), equations 12 to 14."""
+    i: positions in raster order, all channels at once. s and t come from a PixelCNN: a 3x3 convolution with mask A,
+    three residual layers with mask B, and a 1x1 layer that starts at zero: the flow starts as the identity. Chen et
+    al. 2017 (arXiv:1611.02731), equations 12 to 14."""
 
     def __init__(self, latent_shape: tuple[int, ...], width: int = 128):
         super().__init__(latent_shape)
@@ -421,7 +421,7 @@ def check_prior(prior: StandardNormal) -> float:
         return torch.maximum(inverse, (prior.log_prob(z) - expected).abs().max()).item()
 
 
-# ----------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------- data
 
 SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
@@ -464,7 +464,7 @@ def check_batch_size(batch_size: int, examples: int) -> None:
 
 def load_images(data: str, root: str, limit: int | None, seed: int, batch_size: int) -> Data:
     """The images that --data names, uint8 [N, 3, 32, 32] each split; under --limit N, N, N/10 and N/10 of them.
-    root: SVHN's folder. seed: of a user's images' split. batch_size: 0 if none is trained on; test alone will do then."""
+    root: SVHN's folder. seed: of the split of a user's images. batch_size: 0: no training, test alone will do."""
     limited = (limit, limit // 10, limit // 10) if limit else None
     if data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(root))
@@ -578,7 +578,6 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
 
 
 # Synthetic images: a stand-in for SVHN, drawn by a known law: scene, picture, noise, rounding.
-
 SYNTHETIC_BATCH = 1024  # images that are drawn together: part of what the set is
 # Two sides of their entropy, bits/dim: E[-log2 P(image | its scene)], and that plus what the scene costs; measured by
 # tests/tools/floor.py (results/published/floor.json).
@@ -669,7 +668,7 @@ def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
     return image.reshape(n, 3, 32, 32)
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------- training
 
 
 @torch.no_grad()
@@ -785,8 +784,8 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 class Muon(torch.optim.Optimizer):
     """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
-    Adam moves a kernel along the few directions that its gradients share; here every direction counts alike. K. Jordan et
-    al. 2024 (kellerjordan.github.io/posts/muon)."""
+    Adam moves a kernel along the few directions that its gradients share; here every direction counts alike. K. Jordan
+    et al. 2024 (kellerjordan.github.io/posts/muon)."""
 
     def __init__(self, kernels: Iterable[Tensor], lr: float):
         super().__init__(kernels, dict(lr=lr, momentum=0.95))
@@ -843,11 +842,11 @@ def fit(
     name: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Minimise model.loss on splits["train"]; leave the weights that were best on validation in the model; -> curves.
-    Curves are of the first examples of every split, at up to 21 steps. path: the checkpoint, written every minute and at
-    the end, with `about` in it. With resume, training goes on from there, on one machine to the same bits: order and noise
-    of a step depend on seed, step and process alone."""
+    Curves are of the first examples of every split, at up to 21 steps. path: the checkpoint, written every minute and
+    at the end, with `about` in it. With resume, training goes on from there, on one machine to the same bits: order and
+    noise of a step depend on seed, step and process alone."""
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
-    steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the remainder of its own random order
+    steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the rest of its own random order
     steps = recipe.epochs * steps_per_epoch
     optimisers = make_optimisers(model, recipe.lr, recipe.muon_lr)
     about, start, order = about | {"data": sha256_of(splits)}, 0, None
@@ -941,8 +940,8 @@ def add_to_curves(
     return best
 
 
-# Several processes, started by torchrun: in training each takes its part of a batch, with its own noise, and gradients
-# are averaged; everything else each does by itself. Rank 0 alone writes and prints.
+# Several processes, of torchrun: in training each takes its part of a batch, with its own noise, and gradients are
+# averaged; everything else each does by itself. Rank 0 alone writes and prints.
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -959,8 +958,8 @@ def join_processes(device: str) -> None:
         if local_rank >= gpus:
             fail(f"torchrun: more processes than the {gpus} GPUs here; lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
-    # Two hours: the others wait while one downloads SVHN.
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
+    hours = timedelta(hours=2)  # in which one may download SVHN while the others wait
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hours)
     if dist.get_rank():
         sys.stdout = io.StringIO()  # rank 0 prints for all
 
@@ -995,8 +994,7 @@ def read_checkpoint(path: Path, script: str = "") -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about strange files: the error says enough
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        keys = ("script", "args", "data", "step", "curves", "state", "weights", "optimisers")
-        saved = {key: saved[key] for key in keys}
+        saved = {k: saved[k] for k in ("script", "args", "data", "step", "curves", "state", "weights", "optimisers")}
     except Exception as error:  # of the file system, zip, pickle or torch, each with its own
         fail(f"{path}: not a readable checkpoint ({(str(error).splitlines() or [type(error).__name__])[0]})")
     if script and saved["script"] != script:
@@ -1011,13 +1009,13 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
     return saved["curves"]
 
 
-# ---------------------------------------------------------------------------------------------- figures and files
+# ------------------------------------------- figures and files
 
 
 def claim(out: Path, resume: bool) -> filelock.FileLock | None:
     """Make the folder this run's own while the lock is kept; refused if another run is alive there.
     An earlier run's results are moved, whole, from OUT/q2b to OUT/q2b.1, ...; with resume they stay."""
-    if rank_and_world()[0]:  # rank 0 writes for all
+    if rank_and_world()[0]:
         return None
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0, is_singleton=True)
     try:
@@ -1061,8 +1059,7 @@ def describe_run(
     info = Path("/proc/cpuinfo")  # of Linux
     cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     name = f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else name
     env = {
         "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
         "device": f"{device} ({name})", "threads": torch.get_num_threads(), "precision": precision,
@@ -1088,18 +1085,17 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, float], title: str, pa
     """-ELBO, KL and decoder term against the step, bits/dim, a row for each model: train thin, validation bold.
     floors: what -ELBO is held against, dotted, {label: value}. The highest early points may lie above the axes."""
     styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
-    size = (11, 0.8 + 3 * len(curves))
-    fig, axes = plt.subplots(len(curves), 3, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    n = len(curves)
+    fig, axes = plt.subplots(n, 3, figsize=(11, 0.8 + 3 * n), sharex=True, squeeze=False, layout="constrained")
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
         for ax, key, term in zip(row, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
             for split, style in zip(SPLITS, styles, strict=True):
                 ax.plot(curve["step"], curve[split][key], label=split, marker=".", **style)
             values = np.array([curve[split][key] for split in SPLITS])
             low, high = values.min(), max(np.quantile(values, 0.8), values[:, values.shape[1] // 2 :].max())
-            if ax is row[0]:
-                low = min(low, *floors.values(), low)
-                for label, value in floors.items():
-                    ax.axhline(value, ls=":", color="k", label=label)
+            for label, value in floors.items() if ax is row[0] else ():
+                low = min(low, value)
+                ax.axhline(value, ls=":", color="k", label=label)
             margin = 0.06 * (high - low) + 1e-3
             ax.set(
                 title=f"{name} {term}", xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin)
@@ -1167,7 +1163,7 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
 
 
 def with_error(found: dict[str, Any], name: str) -> str:
-    """A mean and its standard error, "3.4919 ± 0.0034", from NAME_bpd and NAME_se_bpd."""
+    """NAME_bpd and NAME_se_bpd, such as "3.4919 ± 0.0034"."""
     return f"{found[name + '_bpd']:.4f} ± {found[name + '_se_bpd']:.4f}"
 
 
@@ -1184,7 +1180,7 @@ def bounds_text(metrics: dict[str, Any]) -> str:
     )
     gap = metrics["check_prior_nats"]
     verdict = "" if gap <= 1e-6 else " **CHECK FAILED: trust no KL here.**"
-    return f"""{smoke}Data: {data["name"]}: {data["train"]:,} training, {data["valid"]:,} validation, {data["test"]:,} test
+    return f"""{smoke}Data: {data["name"]}: {data["train"]:,} train, {data["valid"]:,} validation, {data["test"]:,} test
 images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8, trained to epoch {curves["epoch"][-1]:g} in
 {curves["seconds"]:,.0f} s, {machine}.{unfinished}
 
@@ -1207,7 +1203,7 @@ The first {curves["examples"]:,} images of each split during training; dotted, t
 weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
 
 
-# --------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------ command line
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -1286,7 +1282,7 @@ class Parser(argparse.ArgumentParser):
 
 HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0)  # what the handout recommends: --handout
 OF_ONE_COMMAND = {"out", "resume", "smoke", "evaluate", "samples"}  # not taken from a checkpoint
-MAY_DIFFER = {"epochs", "data", "data_root", "device", "precision", "compare", "table_epochs"}  # from a checkpoint's
+MAY_DIFFER = {"epochs", "data", "data_root", "device", "precision", "compare", "table_epochs"}  # from it
 
 
 def parse_args(
@@ -1328,7 +1324,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return ", ".join(f"--{k.replace('_', '-')} ({theirs}, now {ours})" for k, (theirs, ours) in both.items())
 
 
-THREADS = torch.get_num_threads()  # as many as the machine has cores, or what OMP_NUM_THREADS says
+THREADS = torch.get_num_threads()  # of the machine, or of OMP_NUM_THREADS
 
 
 def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS) -> tuple[str, str]:

@@ -48,9 +48,9 @@ def true_neg_log_prob(data: str, x: Tensor) -> Tensor:
 
 def least_code(covariance: np.ndarray, decoder: str) -> tuple[list[float], float]:
     """Of the models whose bound touches the floor, the one of the least KL: its decoder's stds, and its KL in nats.
-    The decoder's noise can have any diagonal (or isotropic) covariance D with covariance - D >= 0; the code makes up the
-    rest. The KL is then I(x; z) = 1/2 ln(det covariance / det D), least where det D is largest. Isotropic: D is the smallest
-    eigenvalue times I. Diagonal, in 2-D: the data's variances times 1 - |correlation|."""
+    The decoder's noise can have any diagonal (or isotropic) covariance D with covariance - D >= 0; the code makes up
+    the rest. The KL is then I(x; z) = 1/2 ln(det covariance / det D), least where det D is largest. Isotropic: D is the
+    smallest eigenvalue times I. Diagonal, in 2-D: the data's variances times 1 - |correlation|."""
     variances = np.diag(covariance)
     d = variances * (1 - abs(covariance[0, 1]) / math.sqrt(variances.prod()))
     if decoder == "isotropic":
@@ -140,7 +140,7 @@ def report(metrics: dict[str, Any]) -> str:
     return f"""# 1A: when does a VAE put information into its code?
 
 Four VAEs, {metrics["args"]["epochs"]} epochs each on {data["train"]:,} points, trained in
-{sum(curve["seconds"] for curve in curves):.0f} s on {metrics["env"]["device"]}. All in bits/dim on {data["test"]:,} test
+{sum(curve["seconds"] for curve in curves):.0f} s on {metrics["env"]["device"]}. In bits/dim on {data["test"]:,} test
 points, ± one standard error over them, unless a column says otherwise.
 
 ## 1. Loss curves and final losses

@@ -44,7 +44,7 @@ def make_points() -> tuple[np.ndarray, np.ndarray]:
 
 def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
     """log p(x) of the density that made the set. [N, 2] -> [N], nats.
-    A third each of two round normals and of a normal whose mean is (2 cos t, -sin t), t uniform on [0, pi]; over t by the
+    A third each of two round normals and of one whose mean is (2 cos t, -sin t), t uniform on [0, pi]; over t by the
     midpoint rule, whose steps on the arc, at most 2 pi / 1000, are far below the noise's 0.2."""
     t = (torch.arange(nodes, dtype=torch.float64) + 0.5) * math.pi / nodes
     arc = torch.stack([2 * torch.cos(t), -torch.sin(t)], 1)
@@ -59,10 +59,10 @@ def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
 
 def start_model() -> VAE:
     """A model with an isotropic decoder, for a short run: where both models start.
-    What the first epochs do with the clusters stays: one that they tear apart is never mended, and a diagonal decoder often
-    lumps two together. So the short run charges for the code only by and by; and the decoder's weights from z2 start at 0,
-    so that z1 is used first and the clusters come to lie side by side along z1. A border between two is then a line of
-    constant z1, where the true posterior is nearly a product, as q(z|x) is."""
+    What the first epochs do with the clusters stays: one that they tear apart is never mended, and a diagonal decoder
+    often lumps two together. So the short run charges for the code only by and by; and the decoder's weights from z2
+    start at 0: z1 is used first, and the clusters come to lie side by side along z1. A border between two is then a
+    line of constant z1, where the true posterior is nearly a product, as q(z|x) is."""
     model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
     with torch.no_grad():
         model.decoder.get_parameter("net.0.weight")[:, 1] = 0
@@ -102,7 +102,7 @@ def log_weights(model: VAE, x: Tensor, draws: int) -> Tensor:
 
 def with_errors(name: str, groups: Tensor) -> dict[str, float]:
     """The mean over N points of their estimates, each the mean over G groups of draws. groups [G, N], nats -> bits/dim.
-    se is the error over points, that of the draws included; mc_se is of the draws alone: sqrt(sum_n s_n^2 / G) / N, with
+    se is the error over points, that of the draws included; mc_se that of the draws: sqrt(sum_n s_n^2 / G) / N, with
     s_n^2 the variance of a point's groups."""
     bits = bits_per_dim(groups, 2)
     of_draws = (bits.var(0).sum() / len(bits)).sqrt().item() / bits.shape[1]
@@ -189,8 +189,8 @@ that is no point's code: a continuous map of one Gaussian onto three separate cl
 |---|---|---|---|---|---|
 {iwae_rows}
 
-Both bounds use the same {DRAWS_PER_POINT:,} samples of z for each point: the ELBO is the mean of log w, IWAE-100 the log
-of the mean of 100 weights. The more the weights of a point differ, the farther IWAE is above the ELBO: the effective
+Both bounds use the same {DRAWS_PER_POINT:,} samples of z for each point: the ELBO is the mean of log w, IWAE-100 the
+log of the mean of 100 weights. The more a point's weights differ, the farther IWAE is above the ELBO: the effective
 sample size of 100 weights is {first["diagonal"]["effective_samples_of_100"]:.0f} (diagonal) and
 {first["isotropic"]["effective_samples_of_100"]:.0f} (isotropic). The ± includes the error of the draws (at most
 {max(f["neg_elbo_mc_se_bpd"] for f in first.values()):.4f} for the ELBO and

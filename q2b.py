@@ -33,7 +33,7 @@ from core import FlowPrior, ImageVAE, StandardNormal, Terms, bits_per_dim, evalu
 DEFAULTS = dict(epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn")
 SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
 
-# -------------------------------------------------------------------------------- what the prior changes: experiments
+# ------------------------- what the prior changes: experiments
 
 
 def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
@@ -115,7 +115,7 @@ def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
     core.save_figure(fig, path)
 
 
-# ---------------------------------------------------------------------------------------------- figures and the report
+# -------------------------------------- figures and the report
 
 
 def change_of(what: str, change: dict[str, float]) -> str:
@@ -195,7 +195,7 @@ Test images; µ(z), the decoder's mean, at the posterior's mean z; x ~ p(x|z) of
 """
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------- main
 
 
 def main(argv: list[str] | None = None) -> None:
