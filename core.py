@@ -734,8 +734,10 @@ def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict[s
     Bounds are of all of validation and test, and of as many images of train as validation has."""
     cut = splits | {"train": splits["train"][: len(splits["valid"])]}
     terms, test = {split: evaluate(model, x) for split, x in cut.items() if len(x)}, splits["test"]
+    final = {split: in_bits(of_split, test[0].numel()) for split, of_split in terms.items()}
+    print(f"test: -ELBO {with_error(final['test'], 'neg_elbo')} bits/dim, on {len(test):,} images")
     return terms["test"], {
-        "final": {split: in_bits(of_split, test[0].numel()) for split, of_split in terms.items()},
+        "final": final,
         "check_prior_nats": check_prior(model.prior),
         "test_codecs_bpd": {codec: codec_bits_per_dim(test[:1000], codec) for codec in ("PNG", "WebP")},
     }
@@ -1061,7 +1063,7 @@ def describe_run(
     name = f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     name = torch.cuda.get_device_name() if device == "cuda" else name
     env = {
-        "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
+        "torch": torch.__version__, "python": platform.python_version(),
         "device": f"{device} ({name})", "threads": torch.get_num_threads(), "precision": precision,
     }  # fmt: skip
     params = sum(p.numel() for model in models for p in model.parameters())
@@ -1097,9 +1099,7 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, float], title: str, pa
                 low = min(low, value)
                 ax.axhline(value, ls=":", color="k", label=label)
             margin = 0.06 * (high - low) + 1e-3
-            ax.set(
-                title=f"{name} {term}", xlabel="training step", ylabel="bits/dim", ylim=(low - margin, high + margin)
-            )
+            ax.set(title=f"{name} {term}", xlabel="step", ylabel="bits/dim", ylim=(low - margin, high + margin))
             ax.set_xscale("symlog", linthresh=max(1, curve["step"][-1] / 100))
         row[0].legend(fontsize=7)
     fig.suptitle(title, wrap=True)
