@@ -1,6 +1,4 @@
-"""What pictures hold, image by image, and which of them may be published."""
-
-import json
+"""What pictures hold, image by image."""
 
 import numpy as np
 import pytest
@@ -8,11 +6,6 @@ import torch
 from PIL import Image
 
 import core
-from test_scripts import FIGURES
-from tools import publish
-
-# Figures that show no image of a user's data: numbers, samples of a model, or question 1's points, which are ours.
-SAFE = {"curves", "samples", "evidence", "latents", "iwae", "experiments", "samples_2a_2b", "receptive_fields"}
 
 
 def test_straight_lines_go_from_the_first_to_the_second_of_each_pair():
@@ -30,47 +23,27 @@ def test_an_interpolations_row_has_its_true_images_at_its_ends():
 def test_shown_examples_are_evenly_spaced_and_come_in_pairs():
     assert core.evenly_spaced(torch.arange(91), 10).tolist() == list(range(0, 91, 10))
     assert core.evenly_spaced(torch.arange(7), 10).tolist() == [0, 1, 2, 3, 4, 6]
-    assert core.evenly_spaced(torch.arange(2), 10).tolist() == [0, 1]
 
 
-def test_tiled_images_are_in_rows_with_white_lines_around_them():
-    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None] + torch.tensor([0, 50, 100])[:, None, None]
-    images = images.to(torch.uint8).repeat(1, 1, 2, 3)
-    images[:, :, 0, 0] += 20  # the corner at the top left
-    x = core.tiled(images, 3)
-    assert x.shape == (2 * 3 + 1, 3 * 4 + 1, 3) and x.dtype == np.uint8
-    for k in range(5):
-        row, column = 1 + 3 * (k // 3), 1 + 4 * (k % 3)
-        assert np.array_equal(x[row : row + 2, column : column + 3], images[k].permute(1, 2, 0))
-    assert (x[::3] == 255).all() and (x[:, ::4] == 255).all() and (x[4:, 9:] == 255).all()  # no sixth image
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_grid_shows_every_image_of_every_panel_two_dots_a_pixel_in_rows(stacked, tmp_path):
+    panels = torch.randint(0, 250, (2, 5, 3, 32, 32), dtype=torch.uint8)
+    core.save_grid(panels, 3, tmp_path / "grid.png", stacked)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    height, width = (
+        size // (2 if here else 1) for size, here in zip(picture.shape, (stacked, not stacked), strict=False)
+    )
+    for p, panel in enumerate(panels):
+        for k, image in enumerate(panel):
+            y = 2 * (8 + 1 + 33 * (k // 3)) + p * height * stacked  # 8 of margin, then images with lines of 1 between
+            x = 2 * (8 + 1 + 33 * (k % 3)) + p * width * (not stacked)
+            shown = picture[y : y + 64, x : x + 64]
+            assert np.array_equal(shown[::2, ::2], image.permute(1, 2, 0)) and np.array_equal(shown[::2], shown[1::2])
+    assert (picture == 255).all(2).sum() == picture[..., 0].size - 10 * 64 * 64  # and nothing else
 
 
 def test_single_images_are_written_in_their_order_from_a_number_on(tmp_path):
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     core.write_images(images, tmp_path / "samples", 99)
-    paths = sorted((tmp_path / "samples").iterdir())
-    assert [path.name for path in paths] == ["0099.png", "0100.png", "0101.png"]
-    for path, image in zip(paths, images, strict=True):
-        assert np.array_equal(np.asarray(Image.open(path)), image.permute(1, 2, 0))
-
-
-def test_every_figure_is_known_to_show_data_or_to_show_none():
-    """A new figure has to be entered here or in publish.py. That FIGURES are all is in test_scripts.py."""
-    of_scripts = {f"{name}.png" for names in FIGURES.values() for name in names}
-    safe = {f"{name}.png" for name in SAFE}
-    assert not safe & set(publish.SHOW_DATA)
-    assert of_scripts == safe | {name for name in publish.SHOW_DATA if name.endswith(".png")}
-
-
-def test_without_images_nothing_that_shows_the_data_is_published(smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "PUBLISHED", tmp_path)
-    published = {}
-    for more in ([], ["--no-images"]):
-        monkeypatch.setattr("sys.argv", ["publish.py", str(smoke[0] / "bonus"), *more])
-        publish.main()
-        (folder,) = tmp_path.iterdir()
-        published[bool(more)] = {path.name for path in folder.iterdir()}
-    assert published[True] == {"metrics.json", "curves.png", "samples.png", "receptive_fields.png"}
-    assert published[False] == {"metrics.json", "report.md", *(f"{name}.png" for name in FIGURES["bonus"])}
-    args = json.loads((folder / "metrics.json").read_text("utf-8"))["args"]
-    assert args["out"] == "results" and args["data"] == "synthetic"
+    for path, image in zip(("0099.png", "0100.png", "0101.png"), images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / path)), image.permute(1, 2, 0))

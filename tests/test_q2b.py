@@ -1,63 +1,15 @@
-"""2b against 2a: which 2a it takes, 2a with a flow, paired differences, correlations, and the verdict."""
+"""2b against 2a: differences and their words, a flow that is fitted to a frozen 2a, and known comparisons."""
 
-import argparse
 import math
 
 import pytest
 import torch
+from torch import nn
 
 import core
 import q2b
-from conftest import image_args, noise_file, refused, results
-
-
-def test_2b_takes_2as_model_of_the_same_arguments_only(smoke, capsys):
-    path = smoke[0] / "q2a" / "checkpoint.pt"
-    args = image_args("q2b", "--precision", results(smoke[0], "q2a")["args"]["precision"])
-    splits = core.load_images(args).splits
-    q2b.make_2a(args, splits, path)  # control: is not refused
-    capsys.readouterr()
-    others = {k: x.flip(0) for k, x in splits.items()}
-    for changes, data, culprit in (({"lr": 0.5}, splits, "--lr"), ({"seed": 3}, splits, "--seed"),
-                                   ({"batch_size": 8}, splits, "--batch-size"), ({}, others, "the data"),
-                                   ({"epochs": 5}, splits, "--epochs"), ({"latents": 2}, splits, "--latents"),
-                                   ({"epochs": 5, "resume": True}, splits, "--epochs"),
-                                   ):  # fmt: skip
-        changed = argparse.Namespace(**{**vars(args), **changes})  # refused before anything is trained
-        refused(capsys, lambda changed=changed, data=data: q2b.make_2a(changed, data, path), culprit)
-
-
-def test_the_flow_that_is_fitted_to_2as_codes_changes_neither_encoder_nor_decoder(smoke, tmp_path):
-    args = argparse.Namespace(**{**results(smoke[0], "q2a")["args"], "resume": False, "lr": 0.01})
-    splits = core.load_images(image_args("q2a")).splits
-    a = core.ImageVAE(args.latents, core.StandardNormal)
-    before = {k: v.clone() for k, v in a.state_dict().items()}
-    fitted = q2b.fit_flow_to_frozen_2a(a, args, splits, 1, tmp_path / "flow.pt")
-    after = fitted.state_dict()
-    assert all(torch.equal(after[k], v) and torch.equal(a.state_dict()[k], v) for k, v in before.items())
-    assert fitted.prior.net[-1].weight.abs().max() > 0  # the flow has learnt
-    assert all(p.requires_grad for p in a.parameters()) and isinstance(a.prior, core.StandardNormal)
-
-
-def test_a_comparison_that_fails_costs_only_itself_and_each_2a_has_a_flow_of_its_own(tmp_path, monkeypatch, undrawn):
-    flags = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--data", noise_file(tmp_path), "--compare"]
-    paths, folder = [], tmp_path / "smoke"
-
-    def diverges(a, args, splits, epochs, path):
-        paths.append(path)
-        core.fail("training diverged by step 3", status=1)
-
-    monkeypatch.setattr(q2b, "fit_flow_to_frozen_2a", diverges)
-    for more in ([], ["--resume"]):
-        with pytest.raises(SystemExit) as stop:
-            q2b.main([*flags, *more])
-        assert stop.value.code == 1
-        assert results(folder, "q2b")["failed"] == {"the comparison with 2a": "training diverged by step 3"}
-        assert "**Missing: the comparison with 2a.**" in (folder / "q2b" / "report.md").read_text("utf-8")
-        other = torch.load(folder / "q2a" / "checkpoint.pt", weights_only=True)
-        next(iter(other["progress"]["best_weights"].values())).mul_(2)  # as if from another training of 2a
-        torch.save(other, folder / "q2a" / "checkpoint.pt")
-    assert paths[0] != paths[1]
+from conftest import Call, train
+from core import FlowPrior, ImageVAE, StandardNormal
 
 
 def test_paired_differences_are_after_minus_before_on_the_same_images():
@@ -67,43 +19,50 @@ def test_paired_differences_are_after_minus_before_on_the_same_images():
     assert found["se_bpd"] == pytest.approx(noise.std().item() / 10 / 3072 / math.log(2))  # images' own spread is gone
 
 
-def test_neighbours_correlation_is_of_neighbours():
-    z = torch.randn(4000, 2, 8, 8)
-    z[..., 1:, :] = 0.8 * z[..., :-1, :] + 0.6 * z[..., 1:, :]  # each row from the unchanged one above
-    found = q2b.neighbour_correlation(z + torch.tensor([5.0, -3.0])[:, None, None])
-    assert found["right"] < 0.02 and found["below"] > 0.3
-    by_chance = math.sqrt(2 / math.pi / (56 * 4000))
-    assert q2b.neighbour_correlation(torch.randn(4000, 16, 8, 8))["right"] == pytest.approx(by_chance, rel=0.6)
+@pytest.mark.parametrize("change, words", [
+    (-0.3, "lowers it by 0.3000 ± 0.0100"), (0.3, "raises it by 0.3000 ± 0.0100"),
+    (-0.019, "does not measurably change it (-0.0190 ± 0.0100)"), (0.019, "does not measurably change it (+0.0190"),
+    (0.021, "raises it"), (-0.021, "lowers it"), (0.0, "does not measurably change it"),
+])  # fmt: skip
+def test_a_changes_words_follow_its_sign_and_two_standard_errors(change, words):
+    assert q2b.change_of("it", {"bpd": change, "se_bpd": 0.01}).startswith(words)
 
 
-def test_verdict_of_2b_follows_the_measurements():
-    def said(total, alone, kl=-0.1):
-        changes = {"neg_elbo": total, "prior_alone": alone, "rest": total - alone, "kl": kl, "recon": total - kl}
-        return " ".join(q2b.verdict({k: {"bpd": v, "se_bpd": 0.01} for k, v in changes.items()}).split())
-
-    assert "lowers −ELBO" in said(-0.3, -0.1) and "The rest, -0.2000" in said(-0.3, -0.1)
-    assert "raises −ELBO" in said(0.3, 0.0) and "The rest" not in said(0.3, 0.0)
-    assert "does not measurably change −ELBO" in said(-0.01, 0.0) and "The rest" not in said(-0.01, 0.0)
-    assert "does not measurably change the KL:" in said(-0.3, 0.0) and "lowers the KL:" in said(-0.3, -0.1)
-    assert "saves at least 0.1000" in said(-0.3, -0.1) and "saves" not in said(-0.3, 0.1)
-    assert "It lowers the KL term (-0.1000 ± 0.0100) and lowers the decoder term (-0.2000 ± 0.0100)" in said(-0.3, 0)
-    most = "Most of the gain is in the decoder term"
-    assert most in said(-0.3, -0.1, 0.05) and most in said(-0.3, -0.1, -0.05) and most not in said(-0.3, -0.1, -0.2)
+def test_the_flow_that_is_fitted_to_2a_is_all_that_learns_and_2a_stays_as_it_is():
+    a = ImageVAE(2, StandardNormal)
+    before = {k: v.clone() for k, v in a.state_dict().items()}
+    fitted, images = q2b.with_fitted_flow(a), torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    train(fitted, dict.fromkeys(core.SPLITS, images), epochs=1, batch_size=4, lr=0.01, muon_lr=0.01)
+    after = fitted.state_dict()
+    assert all(torch.equal(after[k], v) and torch.equal(a.state_dict()[k], v) for k, v in before.items())
+    assert fitted.prior.net[-1].weight.abs().max() > 0  # the flow has learnt
+    assert all(p.requires_grad for p in a.parameters()) and isinstance(a.prior, StandardNormal)
 
 
-def test_without_training_or_with_a_deaf_encoder_2b_claims_no_difference():
-    """Untrained, both models are the same. A deaf encoder: z tells nothing, and both priors are as good."""
-    test = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
-    for deaf in (False, True):
-        models = []
-        for prior in (core.StandardNormal, core.FlowPrior, core.FlowPrior):
-            torch.manual_seed(0)
-            models.append(core.ImageVAE(4, prior).eval())
-            if deaf:
-                for parameter in models[-1].encoder.net[-1].parameters():
-                    torch.nn.init.zeros_(parameter)
-        found = q2b.compare(*models, test, core.evaluate(models[-1], test)) | {"prior_alone_epochs": 1}
-        assert "does not measurably change −ELBO" in q2b.verdict(found)
-        assert "does not remove" in " ".join(q2b.comparison_text(found).split())
-        if deaf:
-            assert list(found["kl_bits"].values()) == pytest.approx([0] * 3, abs=1e-9)
+def test_a_comparison_of_models_that_differ_in_a_known_way():
+    """2a's codes are N(m, I) whatever the image, and so is the flow, in 2b too: a better prior is all there is."""
+    a, m = ImageVAE(2, StandardNormal), 0.5
+    a.encoder = Call(lambda x: (x.new_full((len(x), 2, 8, 8), m), x.new_zeros(len(x), 2, 8, 8)))
+    fitted = q2b.with_fitted_flow(a)
+    nn.init.constant_(fitted.prior.net[-1].bias[:2], m)
+    test = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8)
+    found = q2b.compare(a, fitted, fitted, test, core.evaluate(fitted, test))
+    bits = 128 * m**2 / 2 / math.log(2)  # KL(N(m, I) || N(0, I)) of 2 x 8 x 8 numbers
+    assert abs(found["prior_alone"]["bpd"] + bits / 3072) < 4 * found["prior_alone"]["se_bpd"] < 0.5 * bits / 3072
+    assert found["kl"] == found["prior_alone"] and found["neg_elbo"] == pytest.approx(found["kl"])
+    assert found["rest"]["bpd"] == found["recon"]["bpd"] == 0
+    kl = found["kl_bits"]
+    assert kl["2a"] == pytest.approx(bits, rel=0.1) and kl["2a_fitted_flow"] == kl["2b"] == pytest.approx(0, abs=1e-3)
+    text = q2b.comparison_text(found | {"prior_alone_epochs": 1})
+    assert all(q2b.change_of(what, found[k]) in text for what, k in (("−ELBO", "neg_elbo"), ("−ELBO", "rest")))
+
+
+def test_2a_against_2a_with_another_name_shows_no_difference():
+    models, test = [], torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    for prior in (StandardNormal, FlowPrior, FlowPrior):  # untrained, the flow is the identity
+        torch.manual_seed(0)
+        models.append(ImageVAE(2, prior))
+    found = q2b.compare(*models, test, core.evaluate(models[2], test)) | {"prior_alone_epochs": 1}
+    assert all(found[k] == {"bpd": 0, "se_bpd": 0} for k in ("neg_elbo", "kl", "recon", "prior_alone", "rest"))
+    assert found["correlation"]["2b: z"] == found["correlation"]["2b: ε"] == found["correlation"]["2a: z"]
+    assert "does not measurably change −ELBO" in q2b.comparison_text(found)

@@ -1,118 +1,100 @@
-"""What the README says: its commands run, its tables are those of the published results, what it names exists."""
+"""What the README says: its commands run, its tables and numbers are those of the published runs, its files exist."""
 
 import importlib
 import re
-import shlex
+from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
 
-import bonus
 import q1b
-import q2b
-from conftest import ROOT, SCRIPTS, results
-from tools import bench, codec, mutants, readme_table
+from conftest import ROOT, SCRIPTS, noise_file
+from tools import codec, mutants, publish
 
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def commands_of_scripts():
+def commands():
     """(script, flags) of the commands in README and at the head of each script, without what --smoke sets anyway."""
-    found = re.findall(r"(q\w+|bonus)\.py((?: +-[^`\n#&|]*|))[`\n&]", README)
-    found += [("q2b", call.replace('"', "").replace(",", "")) for call in re.findall(r"main\(\[(.*?)\]\)", README)]
+    found = re.findall(r"(q\w+|bonus)\.py((?: +-[^`;\n&|]*|))[`;\n&]", README)
     for script in SCRIPTS:
-        doc = importlib.import_module(script).__doc__
-        found += [(script, flags.split("->")[0]) for flags in re.findall(rf"python {script}\.py([^\n]*)", doc)]
-    preset = r"--(epochs|limit|table-epochs) \d+|--data synthetic"
-    return sorted({(script, " ".join(re.sub(preset, "", flags).split())) for script, flags in found})
+        found += re.findall(r"python (\w+)\.py([^\n]*?)(?: +->|\n)", importlib.import_module(script).__doc__)
+    preset = r"--(epochs|table-epochs|limit|batch-size|out) \S+|--data synthetic|--smoke"
+    found = {(script, " ".join(re.sub(preset, "", flags).split())) for script, flags in found}
+    return {(script, flags) for script, flags in found if flags and flags != "--compare"}  # `smoke` runs the others
 
 
-def test_commands_are_found_wherever_the_readme_has_them():
-    found = commands_of_scripts()
-    assert {script for script, _ in found} == set(SCRIPTS) and len(found) > 12
-    assert {("q2b", ""), ("q2b", "--compare"), ("q2a", "--data FOLDER")} <= set(found)
-    assert any("--evaluate" in flags for _, flags in found) and ("q1a", "--seeds 5") in found
-
-
-IN_BACKGROUND = {*((script, "") for script in SCRIPTS), ("q2b", "--compare")}  # as the fixture `smoke` runs them
-
-
-@pytest.mark.parametrize(("script", "flags"), [c for c in commands_of_scripts() if c not in IN_BACKGROUND])
-def test_every_command_runs_at_smoke_size(script, flags, smoke, tmp_path, monkeypatch, unsaved):
-    """But for those that the tests run anyway. Of a bonus or a comparison no figures are drawn.
-
-    Names of files stand for files that are made here.
-    """
-    monkeypatch.chdir(tmp_path)
-    images = np.random.RandomState(0).randint(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    np.savez("FILE.npz", images=images)
-    (tmp_path / "FOLDER").mkdir()
-    for k, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / "FOLDER" / f"{k}.png")
-    for module in (bonus, q2b):
-        if "--samples" not in flags:
-            monkeypatch.setattr(module, "draw_figures", lambda *_: None)
+@pytest.mark.parametrize(("script", "flags"), sorted(commands()))
+def test_every_command_runs_at_smoke_size(script, flags, smoke, tmp_path, monkeypatch, undrawn):
+    """`results` are those of the smoke runs. A file of noise stands for FILE.npz, and for FOLDER (see test_data.py)."""
     monkeypatch.setattr(q1b, "DRAWS_PER_POINT", 2000)
-    flags = re.sub(r"results/(\w+)/checkpoint.pt", rf"{smoke[0]}/\1/checkpoint.pt", flags)
-    flags = re.sub(r"--(seeds|samples) \d+", r"--\1 2", flags)
-    flags += " --smoke --device cpu --epochs 1" + ("" if script in ("q1a", "q1b") else " --limit 30 --batch-size 8")
-    flags += " --table-epochs 0" if script == "bonus" else ""
-    importlib.import_module(script).main(flags.split())
-    folder = tmp_path / "results" / "smoke" / script / ("evaluate" if "--evaluate" in flags else "")
-    assert (folder / "report.md").exists() and results(folder, "")["failed"] == {}
+    flags = flags.replace("$s", "1").replace("100", "2").replace("results/", f"{smoke[0]}/")
+    flags = flags.replace("FOLDER", "FILE.npz").replace("FILE.npz", noise_file(tmp_path))
+    importlib.import_module(script).main(f"{flags} --smoke --device cpu --epochs 1 --out {tmp_path}".split())
+    assert len(list(tmp_path.glob("**/report.md"))) == 1
 
 
-def test_control_a_command_with_a_mistake_does_not_run(smoke, tmp_path, monkeypatch, unsaved):
-    with pytest.raises(SystemExit):
-        test_every_command_runs_at_smoke_size("q2b", "--epoch", smoke, tmp_path, monkeypatch, unsaved)
+def test_the_codec_runs_as_the_readme_says(smoke, capsys):
+    pytest.importorskip("constriction")
+    folder, flags = re.search(r"tests/tools/codec\.py results/(\S+) ([^`]*)`", README).groups()
+    codec.main([str(smoke[0] / folder), *flags.split(), "--images", "2", "--limit", "80"])
+    assert "decoded exactly" in capsys.readouterr().out
 
 
-def test_every_tool_in_the_readme_runs_at_smoke_size(smoke, tmp_path, monkeypatch, capsys):
-    """Of bench one part, sampling; of mutants no test is run; codec is left out where constriction is missing."""
-    found = set(re.findall(r"python tests/tools/(\w+)\.py([^`\n&]*)", README))
-    assert {tool for tool, _ in found} == {"bench", "codec", "mutants"}
-    monkeypatch.chdir(tmp_path)
-    for tool, flags in sorted(found):
-        if tool == "bench":
-            monkeypatch.setattr("sys.argv", ["bench.py", *shlex.split(flags), "--short", "--part", "sampling"])
-            bench.main()
-            assert (tmp_path / "results/bench/report.md").exists()
-        elif tool == "mutants":
-            monkeypatch.setattr("sys.argv", ["mutants.py", *shlex.split(flags), "--check"])
-            with pytest.raises(SystemExit) as stop:
-                mutants.main()
-            assert not stop.value.code and "can be planted" in capsys.readouterr().out
-        elif codec.stream:  # constriction is there
-            flags = flags.replace("results/q2b/checkpoint.pt", str(smoke[0] / "q2b/checkpoint.pt"))
-            codec.main([*shlex.split(flags), "--limit", "80", "--images", "2"])
-            assert "decoded exactly" in capsys.readouterr().out
+@pytest.mark.parametrize("path", sorted(publish.PUBLISHED.glob("*/report.md")), ids=lambda path: path.parent.name)
+def test_published_reports_are_what_todays_code_makes_of_the_published_metrics(path):
+    assert path.read_text("utf-8") == publish.report_of(path.parent)
 
 
-@pytest.mark.parametrize("name", readme_table.TABLES)
-def test_a_table_of_results_is_that_of_the_published_runs_and_nothing_else(name):
-    head, rows = readme_table.TABLES[name]
-    _, table, _ = readme_table.parts((ROOT / name).read_text("utf-8"), head)
-    assert table == list(rows()) and len(table) >= 5
+@pytest.mark.parametrize(("name", "short"), publish.TABLES.items())
+def test_tables_are_those_of_the_published_runs(name, short):
+    assert publish.cut_out((ROOT / name).read_text("utf-8"), short)[1] == publish.table(short)
 
 
-@pytest.mark.parametrize("name", readme_table.TABLES)
-def test_a_table_is_found_whole_and_a_row_that_is_stale_is_seen(name):
-    (head, _), text = readme_table.TABLES[name], (ROOT / name).read_text("utf-8")
-    before, table, after = readme_table.parts(text, head)
-    assert before + head + "\n".join(table) + after == text
-    stale = text.replace(table[-1], table[-1] + "\n" + table[0])
-    assert readme_table.parts(stale, head)[1] == [*table, table[0]]
+def of(folders, keys, how=list):
+    """What lies under the keys in the metrics of published runs, in the order of their folders, without signs."""
+    found = [publish.read(path) for path in sorted(publish.PUBLISHED.glob(f"{folders}/metrics.json"))]
+    for key in keys.split("/"):
+        found = [metrics[int(key) if key.isdigit() else key] for metrics in found]
+    return how(np.abs(found))
 
 
-def test_tests_and_files_named_in_the_readme_exist_and_its_sizes_are_about_right():
+ends = partial(np.quantile, q=(0, 1))
+FULL, BOUND, NO_CODE, COST = "q2b_synthetic", "final/test/neg_elbo_bpd", "no_code/above_bpd", "another_code_costs_bpd"
+PROSE = {  # README's words, and the numbers in them
+    "prior, which lowers −ELBO by {:.2f} to .4 bits/dim": of(FULL, "against_2a/neg_elbo/bpd"),
+    "to {:.1f} bits/dim. Bonus: a lossy": of("q2b_svhn_subset", "against_2a/neg_elbo/bpd"),
+    "It ends at {:.1f} to {:.1f} bits/dim on test": of("q2b_synthetic_4000*", BOUND, ends),
+    "2a {:.2f} to {:.2f}, 2b": of("q2a_svhn*", BOUND, ends), "2b {:.2f} to {:.2f}, b": of("q2b_svhn*", BOUND, ends),
+    "bonus {:.2f} to {:.2f} (three seeds": of("bonus_svhn*", BOUND, ends), "2a {:.3f}, 2b": of("q2a_synthetic", BOUND),
+    "2b {:.3f} (four epochs": of(FULL, BOUND), "bonus {:.3f} (one epoch": of("bonus_synthetic", BOUND),
+    "(KL {:.2f} bits/dim)": of("q1a*", "final/data1_diagonal/kl_bpd", np.mean),
+    "axis into z ({:.2f} to": of("q1a*", "final/data1_isotropic/kl_bpd", np.mean),
+    "to {:.2f}). All four end": of("q1a*", "final/data2_diagonal/kl_bpd", np.mean),
+    "−ELBO ends {:.3f} (diagonal)": of("q1b*", "final/diagonal/test/excess_bpd", np.mean),
+    "and {:.3f} (isotropic)": of("q1b*", "final/isotropic/test/excess_bpd", np.mean),
+    "100 samples is {:.3f} and": of("q1b*", "final/diagonal/first100/elbo_gap_bpd", np.mean),
+    "and {:.3f} tighter": of("q1b*", "final/isotropic/first100/elbo_gap_bpd", np.mean),
+    "ELBO by {:.3f} ±": of(FULL, "against_2a/neg_elbo/bpd"), "± {:.4f} b": of(FULL, "against_2a/neg_elbo/se_bpd"),
+    "2a gains {:.3f}": of(FULL, "against_2a/prior_alone/bpd"), "image's z costs {:.2f}": of("bonus_synthetic", COST),
+    "{:.3f} to {:.3f} bits/dim on the table's": of("bonus_synthetic_4000*", NO_CODE, ends),
+    "{:.3f} to {:.3f} on SVHN's 1,295": of("bonus_svhn*", NO_CODE, ends), "{:.4f} ±": of("bonus_synthetic", NO_CODE),
+    "1, 2, 3: KL {:.3f},": of("bonus_svhn_subset_seed_2", "receptive_fields/0/kl_bpd"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PROSE)
+def test_numbers_in_the_text_are_those_of_the_published_runs(words):
+    text, said = (re.sub(r"\b0\.", ".", x) for x in (README, words.format(*np.atleast_1d(PROSE[words]))))
+    assert said in " ".join(text.split())
+
+
+def test_what_the_readme_names_is_there_and_as_large_as_it_says():
     source = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    names = set(re.findall(r"`(test_\w+)`", README))
-    assert len(names) > 12
-    assert not [name for name in names if f"def {name}(" not in source]
-    for path in re.findall(r"\((results/[^)]*\.(?:png|md))\)", README) + re.findall(r"\b(tests/[\w/]+\.py)\b", README):
-        assert (ROOT / path).exists(), path
-    sizes = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
-    assert {name for name, _ in sizes} == {path.name for path in ROOT.glob("*.py")}
-    for name, lines in sizes:
+    assert not [name for name in re.findall(r"`(test_\w+)`", README) if f"def {name}(" not in source]
+    text = README + (ROOT / "results/README.md").read_text("utf-8")
+    files = re.findall(r"(?:results/published|tests)/[\w/]+\.\w+", text)
+    assert len(commands()) > 6 < len(files) and all((ROOT / path).exists() for path in files)
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M):
         assert int(lines) == pytest.approx(len((ROOT / name).read_text("utf-8").splitlines()), rel=0.05, abs=9), name
+    assert int(re.search(r"plants (\d+) such", README)[1]) == len(mutants.MUTANTS) - 1  # one is the control

@@ -1,7 +1,7 @@
 """The trained models as lossless codecs: test images into one file, back from it, and its size beside the bound.
 
     pip install constriction
-    python tests/tools/codec.py CHECKPOINT --data FILE.npz --images 100 [--out FILE] [--json FILE]
+    python tests/tools/codec.py results/q2b --data FILE.npz --images 100 [--out FILE] [--json FILE]
 
 Bits-back coding (Townsend et al. 2019, arXiv:1901.04866), chained over the images on one stack of constriction's ANS
 coder. To push a symbol adds -log2 P(symbol) bits to the stack; to pop one takes as many away. For each image:
@@ -11,65 +11,59 @@ coder. To push a symbol adds -log2 P(symbol) bits to the stack; to pop one takes
 
     nats per image: log q(z|x) - log p(z) - log P(levels|z), whose mean over z ~ q(z|x) is the negative ELBO
 
-The first z is popped from random words of a fixed seed, the stack's start-up: part of the file, counted apart, and
-they must come back when all is decoded. The file holds the number of images, then the stack's words, each a
-little-endian uint32. The weights are what both sides share.
+The first z is popped from random words of a fixed seed, the stack's start-up: part of the file, counted apart; they
+must come back when all is decoded. The file holds the number of images, then the stack's words, each a little-endian
+uint32. The weights are what both sides share.
 
-z lies on a grid, SPACING apart in [-REACH, REACH]. The spacing is about the least std that `core.bounded_log_std` lets
-q have, so that a finer grid gains nothing. constriction has 24 bits for a probability and gives every symbol 2^-24 at
-least: with n symbols that costs n / 2^24 / ln 2 bits each time. Under p(z) these are 0.003 bits for each number in z,
-0.001 bits/dim with 16 channels; for 256 levels, 0.00002 bits/dim. What is less likely than 2^-24 gains by it. q is
-offered only the grid within WINDOW std of its mean.
+z lies on a grid, SPACING apart in [-REACH, REACH]: about the least std that `core.bounded_log_std` lets q have, so that
+a finer grid gains nothing. constriction gives every symbol a probability of 2^-24 at least: with n symbols that costs
+n / 2^24 / ln 2 bits each time, under p(z) 0.001 bits/dim with 16 channels, for 256 levels 0.00002. What is less likely
+than 2^-24 gains by it. q is offered only the grid within WINDOW std of its mean.
 
 2a and 2b learn the density of dequantised levels. Here their normal is integrated over each level's bin, the first and
 the last with the tails, and q sees bin centres: fewer bits than the bound by dequantisation, a little by Jensen, and
 where images are clipped at 0 or 255 much more by the tails.
 
 Both sides must compute the same numbers to the last bit. So they share one walk through p(z) and one through
-P(levels|z): in float64, one image at a time, in the same shapes and order, with zeros where nothing is decoded yet.
-This needs the same torch, machine and number of threads; elsewhere it holds with luck, as a rounding error of 1e-16
-seldom moves one of the 24 bits. A file that is not decoded exactly ends the program: one line, exit status 1.
+P(levels|z): in float64, one image at a time, in the same shapes and order, zeros where nothing is decoded yet; with
+the same torch, machine and number of threads.
 """
 
 import argparse
+import copy
+import importlib.util
+import itertools
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+import tqdm.auto
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-import core  # noqa: E402  before torch, whose import reads what core has set
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bonus  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+import core  # noqa: E402
+from tools.floor import log_normal_mass  # noqa: E402
 
-try:
-    from constriction import stream
-except ImportError:  # `main` says so
-    stream = None
-
-SPACING, REACH = 2.0**-10, 16
+stream = importlib.import_module("constriction").stream if importlib.util.find_spec("constriction") else None
+SPACING, REACH, WINDOW = 2.0**-10, 16, 6
 LAST = round(REACH / SPACING)  # z = SPACING k with k = -LAST..LAST
-WINDOW = 6
-LEVEL_0, LEVEL_STEP = core.dequantise(torch.tensor(0.0), 0.5).item(), 1 / core.PIXEL_SCALE  # centre and width of a bin
+LEVEL_0, LEVEL_STEP = 0.5 / core.PIXEL_SCALE - 1, 1 / core.PIXEL_SCALE  # centre and width of a level's bin
 MODELS: dict[str, Callable[[argparse.Namespace], core.VAE]] = {
     "q2a": lambda args: core.ImageVAE(args.latents, core.StandardNormal),
     "q2b": lambda args: core.ImageVAE(args.latents, core.FlowPrior),
-    "bonus": bonus.make_model,
+    "bonus": lambda args: bonus.LossyVAE(args.latents, args.receptive_field, args.prior),
 }
 
-# -------------------------------------------------------------------------------------------------- the distributions
-
-# ask(place, family, *parameters) -> the symbols at that place of a tensor, int32 [n], one distribution for each.
-Ask = Callable[..., np.ndarray]
+Ask = Callable[..., np.ndarray]  # ask(place, family, *parameters) -> the symbols at a place of a tensor, int32 [n]
 
 
 class Known:
@@ -93,15 +87,13 @@ def in_bins(mean: Tensor, log_std: Tensor, centre: float, width: float) -> tuple
     return ((mean - centre) / width).flatten().numpy(), (torch.exp(log_std) / width).flatten().numpy()
 
 
-def z_under_prior(prior: core.Prior, ask: Ask) -> Tensor:
-    """Ask for z under p(z_i|z_<i), one wavefront of positions after the other -> k, int32 [C, 8, 8]."""
+def z_under_prior(prior: core.StandardNormal, ask: Ask) -> Tensor:
+    """Ask for z under p(z_i|z_<i), one position after the other -> k, int32 [C, 8, 8]."""
     k, family = torch.zeros(prior.latent_shape, dtype=torch.int32), stream.model.QuantizedGaussian(-LAST, LAST)
-    slope = core.wavefront_slope(prior) if isinstance(prior, core.FlowPrior) else 0
-    for i, j in core.wavefronts(*k.shape[1:], slope):
-        of_all = prior.mean_and_log_std(SPACING * k[None].double())  # by what is known so far; the rest is zero
-        mean, log_std = (t.expand(1, *k.shape)[0, :, i, j] for t in of_all)  # each (C, P)
-        symbols = ask((slice(None), i, j), family, *in_bins(mean, log_std, 0, SPACING))
-        k[:, i, j] = torch.from_numpy(symbols).view_as(mean)
+    params = getattr(prior, "mean_and_log_std", lambda z: (0 * z, 0 * z))  # of all positions
+    for i, j in itertools.product(*map(range, k.shape[1:])):
+        mean, log_std = (t[0, :, i, j] for t in params(SPACING * k[None].double()))  # by what is known; each (C,)
+        k[:, i, j] = torch.from_numpy(ask((slice(None), i, j), family, *in_bins(mean, log_std, 0, SPACING)))
     return k
 
 
@@ -129,15 +121,11 @@ def levels_of_pixelcnn(net: bonus.LocalPixelCNN, z: Tensor, ask: Ask) -> Tensor:
     """`levels_given_z` of the bonus, one wavefront of pixels after the other, as in LocalPixelCNN.sample."""
     features, x = net.features(z), z.new_zeros(1, 3, 32, 32)
     levels = torch.zeros(3, 32, 32, dtype=torch.int32)
-    number, taps, border = net.at_the_border(x)
-    for i, j in core.wavefronts(32, 32, core.wavefront_slope(net)):
-        average = (bonus.sum_of_neighbours(x) / number)[:, :, i, j, None]  # (1, 3, P, 1)
-        of_average = torch.einsum("cop,bcpq->bopq", taps[:, :, i, j], bonus.GAIN * average)
-        seen = net.first.at(bonus.GAIN * x, i, j) - of_average
-        h = seen + border[:, :, i, j, None] + net.level(average) + features[:, :, i, j, None]  # (1, WIDTH, P, 1)
-        params = bonus.add_to_means(net.rest(h), average)
-        levels[:, i, j] = colours_of_mixture(params, lambda colour, *d, i=i, j=j: ask((colour, i, j), *d))
-        x[0, :, i, j] = core.bin_centres(levels[:, i, j]).double()
+    for i, j in bonus.wavefronts(net.receptive_field + 1):
+        params = net.at(x, features[:, :, i, j], i, j)  # (1, 10 K, P, 1)
+        found = colours_of_mixture(params, lambda colour, *d, i=i, j=j: ask((colour, i[:, 0], j[:, 0]), *d))
+        levels[:, i[:, 0], j[:, 0]] = found
+        x[0, :, i[:, 0], j[:, 0]] = core.bin_centres(found).double()
     return levels
 
 
@@ -161,9 +149,6 @@ def colours_of_mixture(params: Tensor, ask: Ask) -> Tensor:
     return levels
 
 
-# ---------------------------------------------------------------------------------------------------------- the codec
-
-
 def first_words(n: int) -> np.ndarray:
     """The n random words that the stack starts with, uint32 [n]; the topmost, at the end, are the same for every n."""
     return np.random.RandomState(0).randint(0, 2**32, n, dtype=np.uint32)[::-1].copy()
@@ -174,7 +159,7 @@ def encode(model: core.VAE, images: Tensor) -> tuple[bytes, int, Tensor]:
     """uint8 [N, 3, 32, 32] -> the file's bytes, how many words the stack started with, and k, int32 [N, C, 8, 8]."""
     enough = math.prod(model.prior.latent_shape) + 2  # words: a number takes at most 24 bits, the coder itself has two
     coder, started_with, codes = stream.stack.AnsCoder(first_words(enough)), 0, []
-    for levels in core.progress_bar(images.int(), desc="encoding", delay=2):
+    for levels in tqdm.auto.tqdm(images.int(), desc="encoding", leave=False, disable=None):
         symbols = [coder.decode(q) for q in z_under_posterior(model, levels)]
         k = torch.tensor(symbols, dtype=torch.int32).view(model.prior.latent_shape)
         if not codes:  # the first z has taken what it needs: words below the coder's own two are left out
@@ -195,7 +180,7 @@ def decode(model: core.VAE, file: bytes) -> Tensor:
     """A file's bytes -> uint8 [N, 3, 32, 32]. ValueError or KeyError if not from `encode` with this model."""
     count, *words = np.frombuffer(file, "<u4").tolist()
     coder, images = stream.stack.AnsCoder(np.array(words, np.uint32)), []
-    for _ in core.progress_bar(range(count), desc="decoding", delay=2):
+    for _ in tqdm.auto.tqdm(range(count), desc="decoding", leave=False, disable=None):
         k = z_under_prior(model.prior, lambda _, *distributions: coder.decode(*distributions))
         z = SPACING * k[None].double()
         images.append(levels_given_z(model, z, lambda _, *distributions: coder.decode(*distributions)))
@@ -208,112 +193,87 @@ def decode(model: core.VAE, file: bytes) -> Tensor:
     return torch.stack(images[::-1]).to(torch.uint8)
 
 
-@torch.no_grad()
-def promise(model: core.VAE, images: Tensor, z: Tensor) -> tuple[core.Terms, core.Terms]:
-    """log q(z|x) - log p(z) and -log P(levels|z) of each image at these z [N, C, 8, 8], by core's densities in float64.
-
-    Then, for 2a and 2b, the same with the levels dequantised on fixed noise, as in training. Terms of [N], nats.
-    """
+def promise(model: core.VAE, images: Tensor, z: Tensor) -> core.Terms:
+    """-log P(levels|z) and log q(z|x) - log p(z) of each image at these z [N, C, 8, 8], by core's densities; nats."""
     x = core.bin_centres(images).double()
     kl = core.normal_log_prob(z, *model.encoder(x)) - model.prior.log_prob(z)
     if isinstance(model, bonus.LossyVAE):
-        return (exact := core.Terms(-model.log_p_x(x, z), kl)), exact
+        return core.Terms(-model.log_p_x(x, z), kl)
     mu, log_std = model.decoder(z)
     low = torch.where(images == 0, -math.inf, core.dequantise(images.double(), 0))
     high = torch.where(images == 255, math.inf, core.dequantise(images.double(), 1))
-    log_mass = core.log_normal_mass((low - mu) * torch.exp(-log_std), (high - mu) * torch.exp(-log_std))
-    u = core.noise(torch.rand, tuple(x.shape), "cpu", core.fixed_noise("codec"))
-    dequantised = -model.log_p_x(core.dequantise(images, u).double(), z)
-    return core.Terms(-core.sum_dims(log_mass), kl), core.Terms(dequantised, kl)
+    log_mass = log_normal_mass((low - mu) * torch.exp(-log_std), (high - mu) * torch.exp(-log_std))
+    return core.Terms(-core.sum_dims(log_mass), kl)
 
 
-# ------------------------------------------------------------------------------------------------------- command line
-
-
-def load_model(args: argparse.Namespace) -> core.VAE:
-    """The model in the checkpoint args.evaluate. Sets args.script, and args.seed, which may split the data."""
-    saved = core.read_checkpoint(args.evaluate, ("script", "args", "state"))
+def load_model(path: Path) -> tuple[core.VAE, argparse.Namespace]:
+    """The trained model of a checkpoint, or of the run in a folder, on the CPU; and its arguments."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    saved = core.read_checkpoint(path)
     if saved["script"] not in MODELS:
-        core.fail(f"{args.evaluate}: a checkpoint of {saved['script']}, not of {', '.join(MODELS)}")
-    trained = argparse.Namespace(**saved["args"])
-    args.script, args.seed = saved["script"], trained.seed
-    return core.to_device(MODELS[saved["script"]](trained), args, saved).eval()
+        core.fail(f"{path}: a checkpoint of {saved['script']}, not of {', '.join(MODELS)}")
+    args = argparse.Namespace(script=saved["script"], **saved["args"])
+    model = MODELS[args.script](args)
+    model.load_state_dict(saved["state"])
+    return model, args
 
 
+@torch.no_grad()
 def compare(model: core.VAE, images: Tensor, file: bytes, started_with: int, k: Tensor) -> dict[str, float]:
     """Bits/dim of the file, of what was promised, and of other codecs, by what each number is."""
-    batches = zip(images.split(16), (SPACING * k.double()).split(16), strict=True)
-    parts = zip(*(promise(core.float64_copy(model), *batch) for batch in batches), strict=True)
-    exact, dequantised = (torch.cat([terms.neg_elbo for terms in part]).mean().item() for part in parts)
-    bound, num_dims = core.evaluate(model, images).neg_elbo.mean().item(), images[0].numel()
-    found = {
-        "file on disk": 8 * len(file) / images.numel(),
-        "start-up of its stack": 32 * started_with / images.numel(),
-        "file without the start-up": (8 * len(file) - 32 * started_with) / images.numel(),
-        "promise, log q(z|x) - log p(z) - log P(levels|z) at the file's z": core.bits_per_dim(exact, num_dims),
-        **(
-            {"the same by dequantised levels": core.bits_per_dim(dequantised, num_dims)} if dequantised != exact else {}
-        ),
-        "bound as in the reports (core.evaluate)": core.bits_per_dim(bound, num_dims),
-        **{f"{codec}, a file for each image": core.codec_bits_per_dim(images, codec) for codec in core.CODECS},
+    in_float64, z = copy.deepcopy(model).double(), SPACING * k.double()
+    promised = [promise(in_float64, *batch).neg_elbo for batch in zip(images.split(16), z.split(16), strict=True)]
+    promised, bound = (x.mean().item() for x in (torch.cat(promised), core.evaluate(model, images).neg_elbo))
+    bits = 8 / images.numel()
+    return {
+        "file on disk": bits * len(file),
+        "start-up of its stack": bits * 4 * started_with,
+        "file without the start-up": bits * (len(file) - 4 * started_with),
+        "promise, log q(z|x) - log p(z) - log P(x|z) at the file's z": core.bits_per_dim(promised, 3072),
+        "bound as in the reports (core.evaluate)": core.bits_per_dim(bound, 3072),
+        **{f"{codec}, a file for each image": core.codec_bits_per_dim(images, codec) for codec in ("PNG", "WebP")},
     }
-    try:
-        import pillow_jxl  # noqa: F401  teaches Pillow the format
-
-        found["JPEG XL, a file for each image"] = core.codec_bits_per_dim(images, "JXL", effort=9)
-    except ImportError:
-        print("JPEG XL is left out: pip install pillow-jxl-plugin")
-    return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    format_help = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=format_help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("evaluate", metavar="CHECKPOINT", type=Path, help="of q2a.py, q2b.py or bonus.py")
+    add("checkpoint", type=Path, help="of q2a.py, q2b.py or bonus.py; or the folder of a run")
     add("--data", default="svhn", help="as in the scripts")
     add("--data-root", default="data", help="as in the scripts")
     add("--limit", type=core.number(int, 20, 10**9), help="as in the scripts")
     add("--images", type=core.number(int, 1, 10**6), default=10, help="how many of the first test images")
     add("--out", type=Path, help="where the compressed images are kept (default: nowhere)")
     add("--json", type=Path, help="where the numbers are kept (default: nowhere)")
-    parser.set_defaults(device="cpu", precision="fp32")
     args = parser.parse_args(argv)
     if stream is None:
         core.fail("the entropy coder is missing: pip install constriction")
-    model, data = load_model(args), core.load_images(args)
+    model, trained = load_model(args.checkpoint)
+    data = core.load_images(args.data, args.data_root, args.limit, trained.seed, batch_size=0)
     images = data.splits["test"][: args.images]
     if len(images) < args.images:
         core.fail(f"--images {args.images}: the test split of {data.name} holds {len(images)}")
-    for path in filter(None, (args.out, args.json)):
-        core.make_folder(path.parent)
 
-    in_float64, start = core.float64_copy(model), time.monotonic()
+    in_float64, start = copy.deepcopy(model).double(), time.monotonic()
     file, started_with, k = encode(in_float64, images)
-    encoding = (time.monotonic() - start) / len(images)
-    with tempfile.TemporaryDirectory() as folder:
-        path = args.out or Path(folder) / "images"
-        core.write_whole(path, lambda opened: opened.write(file))
-        on_disk, start = path.read_bytes(), time.monotonic()
+    middle = time.monotonic()
+    if args.out:
+        core.write_whole(args.out, file)
     try:
-        decoded = decode(in_float64, on_disk)
+        decoded = decode(in_float64, args.out.read_bytes() if args.out else file)
     except (KeyError, ValueError) as error:  # KeyError: constriction's, of a z that q(z|x) cannot have drawn
         core.fail(f"the file cannot be decoded: {error}", status=1)
-    decoding = (time.monotonic() - start) / len(images)
+    encoding, decoding = (middle - start) / len(images), (time.monotonic() - middle) / len(images)
     if not torch.equal(decoded, images):
         core.fail("the decoded images differ from those encoded", status=1)
 
-    found = compare(model, images, on_disk, started_with, k)
-    print(f"{args.evaluate}: the first {len(images)} test images of {data.name}, in bits/dim")
-    print("\n".join(f"{value:8.4f}  {name}" for name, value in found.items()))
-    print(f"{len(on_disk):,} bytes, decoded exactly; {encoding:.2f} s to encode an image, {decoding:.2f} s to decode")
+    found = compare(model, images, file, started_with, k)
+    print(f"{args.checkpoint}: the first {len(images)} test images of {data.name}, in bits/dim")
+    print(*(f"{value:8.4f}  {name}" for name, value in found.items()), sep="\n")
+    print(f"{len(file):,} bytes, decoded exactly; {encoding:.2f} s to encode an image, {decoding:.2f} s to decode")
     if args.json:
-        numbers = {
-            "script": args.script, "data": data.name, "images": len(images),
-            "bytes": len(on_disk), "start_up_bytes": 4 * started_with,
-            "encoding_seconds_per_image": encoding, "decoding_seconds_per_image": decoding, "bits_per_dim": found,
-        }  # fmt: skip
-        core.write_whole(args.json, lambda opened: opened.write((json.dumps(numbers, indent=1) + "\n").encode()))
+        numbers = {"script": trained.script, "data": data.name, "images": len(images), "bits_per_dim": found}
+        core.write_whole(args.json, (json.dumps(numbers, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python tests/tools/floor.py               the full set: its first 1,000 test images
     python tests/tools/floor.py --limit 4000  the set of --data synthetic --limit 4000: its 400
+    python tests/tools/floor.py --checkpoint results/q2b   how far this model's bound is above the lower side, by image
 
-Lower bound: the entropy of the images given their scenes s, the mean of -log P(x | s) (core.scene_log_prob). No model
-has a smaller mean -log p(x), since knowing s can only help. Upper bound: for any density q,
+Lower bound: the entropy of the images given their scenes s, the mean of -log P(x | s) (`scene_log_prob`). No model has
+a smaller mean -log p(x), since knowing s can only help. Upper bound: for any density q,
 
     -log p(x) <= -E log (1/K) sum_k p(s_k) P(x | s_k) / q(s_k),    s_k ~ q,
 
@@ -21,6 +22,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +31,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import core  # noqa: E402
+from q1b import iwae  # noqa: E402
 
 CHOICES = ("u_font", "u_digits", "u_left", "u_right", "z_sign")  # draws that only choose among finitely many
 WIDTHS = (1.0, 0.5, 0.2, 0.05)  # of q, in its standard deviations
@@ -38,17 +41,67 @@ SMALL = 0.02  # step of the central differences, about one standard deviation of
 
 
 class Scenes(NamedTuple):
-    """Synthetic images uint8 [n, 32, 32, 3], their pictures before the noise [n, 3, 32, 32], and their scenes."""
+    """Synthetic images uint8 [n, 3, 32, 32], their pictures before the noise, of that shape, and their scenes."""
 
-    images: np.ndarray
-    means: Tensor
+    levels: Tensor
+    pictures: Tensor
     draws: dict[str, Tensor]
 
 
-def synthetic_scenes(start: int, stop: int, seed: int = 0) -> Scenes:
-    """Images start..stop-1 of the stream that belongs to the seed, with their scenes."""
-    images, means, draws = zip(*core.synthetic_batches(start, stop, seed), strict=True)
-    return Scenes(np.concatenate(images), torch.cat(means), {k: torch.cat([d[k] for d in draws]) for k in draws[0]})
+def synthetic_scenes(start: int, stop: int) -> Scenes:
+    """Images start..stop-1 of the stream, with their scenes."""
+    first, size = start // core.SYNTHETIC_BATCH, core.SYNTHETIC_BATCH
+    batches = itertools.islice(core.synthetic_batches(), first, -(-stop // size))  # those before are drawn too
+    images, pictures, draws = zip(*batches, strict=True)
+    here = slice(start - first * size, stop - first * size)
+    levels = torch.from_numpy(np.concatenate(images)[here]).permute(0, 3, 1, 2)
+    return Scenes(levels, torch.cat(pictures)[here], {k: torch.cat([d[k] for d in draws])[here] for k in draws[0]})
+
+
+# ------------------------------------------------------------------------------------------- lower bound: P(x | scene)
+
+
+def log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
+    """log P(low < X < high), X ~ N(0, 1), low < high, elementwise, nats; exact to either side, however far out.
+
+    By symmetry both ends are taken to the left, where log_ndtr keeps its digits; then the log of a difference.
+    """
+    mirrored = low + high > 0
+    low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
+    log_high = torch.special.log_ndtr(high)
+    return log_high + torch.log1p(-torch.exp(torch.special.log_ndtr(low) - log_high))
+
+
+def scene_log_prob(levels: Tensor, mean: Tensor, amount: Tensor, apart: bool = False, step: float = 0.125) -> Tensor:
+    """log P(levels | scene) of synthetic images, [B], nats. No model's log P(levels) is higher on average.
+
+    levels [B, 3, H, W], integers; mean, the same shape, of `core.render`; amount a [B], `core.noise_amount`. Given the
+    scene, pixels are independent. A pixel's colours share a n, n ~ N(0, 1); given n they are independent,
+    N(mean + a n, (a / 4)^2), rounded and clamped to 0..255. So P(pixel) = integral N(n; 0, 1) prod_c P(level_c | n) dn:
+    a sum over points `step` apart, 7 to both sides of about the integrand's peak. The integrand is smooth on a scale of
+    1/7, whatever a is, so half the step changes the result by less than 1e-9 nats.
+
+    apart: each colour coded by itself, N(mean, (17/16) a^2): what a model pays that does not see what colours share.
+    """
+    a = amount.double()[:, None, None, None]
+    low = (torch.where(levels == 0, -math.inf, levels - 0.5) - mean.double()) / a
+    high = (torch.where(levels == 255, math.inf, levels + 0.5) - mean.double()) / a
+    if apart:
+        return core.sum_dims(log_normal_mass(low / math.sqrt(17 / 16), high / math.sqrt(17 / 16)))
+    points = step * torch.arange(-round(7 / step), round(7 / step) + 1).to(low)
+    # The integrand's peak, as if each colour lay at its bin's point nearest to the mean.
+    peak = 16 / 49 * (low.clamp(min=0) + high.clamp(max=0)).sum(1)  # 16 = 1 / (1/4)^2, 49 = 1 + 3 * 16
+    log_prob = []
+    for low_b, high_b, peak_b in zip(low, high, peak, strict=True):  # one image at a time: 1 MB per tensor
+        n = peak_b + points[:, None, None]  # (points, H, W)
+        log_joint = -(n**2) / 2 + math.log(step / math.sqrt(2 * math.pi))
+        for colour in range(3):
+            log_joint += log_normal_mass(4 * (low_b[colour] - n), 4 * (high_b[colour] - n))
+        log_prob.append(torch.logsumexp(log_joint, 0).sum())
+    return torch.stack(log_prob)
+
+
+# ------------------------------------------------------------------------------------ upper bound: the scene's own cost
 
 
 def choices_log_prob(draws: dict[str, Tensor]) -> Tensor:
@@ -88,17 +141,17 @@ class Image:
     """One image: its log joint density in the coordinates xi, and normal approximations of p(xi | image)."""
 
     def __init__(self, scenes: Scenes, index: int, atlas: Tensor):
-        self.levels = torch.from_numpy(scenes.images[index]).permute(2, 0, 1)[None]
+        self.levels = scenes.levels[[index]]
         self.draws = {name: value[index : index + 1] for name, value in scenes.draws.items()}
         self.atlas = atlas
         self.own = to_normal(self.draws)[0]
-        self.lower = -core.scene_log_prob(self.levels, scenes.means[[index]], core.noise_amount(self.draws)).item()
+        self.lower = -scene_log_prob(self.levels, scenes.pictures[[index]], core.noise_amount(self.draws)).item()
 
     def log_likelihood(self, xi: Tensor) -> Tensor:
         """log P(image | xi), xi [n, 19] -> [n], nats."""
         draws = from_normal(xi, self.draws)
         means, amounts = core.render(draws, self.atlas), core.noise_amount(draws)
-        return core.scene_log_prob(self.levels.expand(len(xi), -1, -1, -1), means, amounts)
+        return scene_log_prob(self.levels.expand(len(xi), -1, -1, -1), means, amounts)
 
     def approximation(self) -> tuple[Tensor, Tensor]:
         """One step of Fisher scoring from the own scene, [19], and I + Fisher information there, [19, 19].
@@ -137,7 +190,7 @@ class Image:
         log_q = -noise.square().sum(1) / 2 + root.diagonal().log().sum() - len(centre) * math.log(width)
         return self.log_likelihood(xi) - xi.square().sum(1) / 2 - log_q  # the 2 pi of prior and q cancel
 
-    def scene_cost(self, draws: int, pilot: int, generator: torch.Generator, step: bool = True) -> tuple[float, str]:
+    def scene_cost(self, draws: int, pilot: int, generator: torch.Generator) -> tuple[float, str]:
         """Upper bound minus -log P(image | own scene), nats, without the choices; and which q it took.
 
         Centre and width are those that do best on `pilot` draws of their own.
@@ -147,12 +200,12 @@ class Image:
             return torch.randn(n, len(self.own), generator=generator, dtype=torch.float64)
 
         scored, precision = self.approximation()
-        centres = {"own": self.own, "step": scored} if step else {"own": self.own}
+        centres = {"own": self.own, "step": scored}
         tries = list(itertools.product(centres, WIDTHS))
         trial = noise(pilot)
-        bounds = [core.iwae(self.log_weights(centres[c], precision, w, trial)[:, None]).item() for c, w in tries]
+        bounds = [iwae(self.log_weights(centres[c], precision, w, trial)[:, None]).item() for c, w in tries]
         centre, width = tries[max(range(len(tries)), key=bounds.__getitem__)]
-        bound = core.iwae(self.log_weights(centres[centre], precision, width, noise(draws))[:, None]).item()
+        bound = iwae(self.log_weights(centres[centre], precision, width, noise(draws))[:, None]).item()
         return -bound - self.lower, f"{centre} {width}"
 
 
@@ -162,45 +215,54 @@ def summary(nats: Tensor) -> dict[str, float]:
     return {"bpd": bits.mean().item(), "se": core.standard_error(bits)}
 
 
-def floor(start: int, num: int, num_scenes: int, draws: int, pilot: int = 8, seed: int = 0) -> dict:
-    """Both bounds for synthetic images start..start+num-1 of the stream; the upper one from the first num_scenes."""
-    began = time.time()
-    scenes, atlas = synthetic_scenes(start, start + num), core.digit_atlas()
-    levels = torch.from_numpy(scenes.images).permute(0, 3, 1, 2)
-    result = {"first_image": start, "images": num}
-    given = (levels, scenes.means, core.noise_amount(scenes.draws))
-    result["scene_known"] = summary(-core.scene_log_prob(*given))
-    result["scene_known_colours_apart"] = summary(-core.scene_log_prob(*given, apart=True))
-    result["seconds_lower"] = round(time.time() - began, 1)
-    if num_scenes:
-        generator, costs, kinds = torch.Generator().manual_seed(seed), [], {}
-        choices = choices_log_prob(scenes.draws)[:num_scenes]
-        for index in range(num_scenes):
-            cost, kind = Image(scenes, index, atlas).scene_cost(draws, pilot, generator)
-            costs.append(cost)
-            kinds[kind] = kinds.get(kind, 0) + 1
-        result |= {"scenes": num_scenes, "draws": draws, "q": dict(sorted(kinds.items()))}
-        result["scene_costs_at_most"] = summary(torch.tensor(costs) - choices)
-        result["of_this_choices"] = summary(-choices)
-        result["seconds"] = round(time.time() - began, 1)
+def sides(scenes: Scenes, num_scenes: int, draws: int, pilot: int = 8) -> dict:
+    """Both bounds for these images; the upper one from the first num_scenes."""
+    began, given = time.time(), (scenes.levels, scenes.pictures, core.noise_amount(scenes.draws))
+    result = {"images": len(scenes.levels), "scene_known": summary(-scene_log_prob(*given))}
+    result["scene_known_colours_apart"] = summary(-scene_log_prob(*given, apart=True))
+    generator, atlas, choices = torch.Generator().manual_seed(0), core.digit_atlas(), choices_log_prob(scenes.draws)
+    found = [Image(scenes, index, atlas).scene_cost(draws, pilot, generator) for index in range(num_scenes)]
+    costs, kinds = zip(*found, strict=True)
+    result |= {"scenes": num_scenes, "draws": draws, "q": dict(sorted(Counter(kinds).items()))}
+    result["scene_costs_at_most"] = summary(torch.tensor(costs) - choices[:num_scenes])
+    result["of_this_choices"] = summary(-choices[:num_scenes])
+    result["seconds"] = round(time.time() - began, 1)
     return result
 
 
-def main():
+def distance(model: core.VAE, scenes: Scenes) -> dict:
+    """How far a model's -ELBO is above -log P(x | scene), image by image."""
+    known = -scene_log_prob(scenes.levels, scenes.pictures, core.noise_amount(scenes.draws))
+    bound = core.evaluate(model, scenes.levels).neg_elbo
+    return {"neg_elbo": summary(bound), "scene_known": summary(known), "distance": summary(bound - known)}
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="as in the scripts: the set whose test images are meant")
     parser.add_argument("--images", type=int, default=1000, help="at most so many test images for the lower bound")
     parser.add_argument("--scenes", type=int, default=96, help="so many of them for the upper bound")
     parser.add_argument("--draws", type=int, default=16, help="importance-weighted draws of the upper bound")
-    args = parser.parse_args()
-    sizes = core.SVHN_SIZES if args.limit is None else (args.limit, *2 * [max(1, args.limit // 10)])
-    num = min(args.images, sizes[2])
-    with torch.no_grad():
-        found = floor(sizes[0] + sizes[1], num, min(args.scenes, num), args.draws)
-    path = ROOT / "results" / "published" / "floor.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    known["synthetic" if args.limit is None else f"synthetic, --limit {args.limit}"] = found
-    path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    parser.add_argument("--checkpoint", type=Path, help="of an image model on synthetic images, or its folder")
+    parser.add_argument("--json", type=Path, default=ROOT / "results" / "published" / "floor.json")
+    args = parser.parse_args(argv)
+    if args.checkpoint:
+        from tools import codec  # which needs this module
+
+        model, trained = codec.load_model(args.checkpoint)
+        args.limit = trained.limit
+        if trained.data != "synthetic":
+            core.fail(f"{args.checkpoint}: of {trained.data}, whose floor nobody knows; wanted: of synthetic")
+    sizes = core.SVHN_SIZES if args.limit is None else (args.limit, *2 * [args.limit // 10])
+    start = sizes[0] + sizes[1]
+    scenes = synthetic_scenes(start, start + min(args.images, sizes[2]))
+    if args.checkpoint:
+        found = distance(model, scenes)
+    else:
+        found = {"first_image": start, **sides(scenes, min(args.scenes, len(scenes.levels)), args.draws)}
+        known = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
+        known["synthetic" if args.limit is None else f"synthetic, --limit {args.limit}"] = found
+        args.json.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))
 
 

@@ -15,39 +15,33 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-import bonus  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import core  # noqa: E402
 import q1a  # noqa: E402
 import q1b  # noqa: E402
+from tools import codec  # noqa: E402
 
-SHOWN_1A, COLUMNS = "data2_diagonal", 6
-
-
-def load(folder, script):
-    return core.read_checkpoint(folder / script / "checkpoint.pt", ("args", "state"), script)
+COLUMNS = 6
 
 
-def draw_1a(ax, saved):
-    data, decoder = SHOWN_1A.split("_")
-    encoder = core.GaussianMLP(q1a.HIDDEN, nn.SiLU)
-    model = core.VAE(encoder, core.GaussianMLP(q1a.HIDDEN, nn.SiLU, q1a.DECODERS[decoder]), core.StandardNormal((2,)))
-    model.load_state_dict(saved["state"][SHOWN_1A])
-    test = core.split_points(data, q1a.make_points(data)).splits["test"]
+def plane_model(path, hidden, activation):
+    """A model of question 1 with a diagonal decoder."""
+    model = core.VAE(*(core.GaussianMLP(hidden, activation) for _ in range(2)), core.StandardNormal((2,)))
+    core.load_trained(model, path)
+    return model
+
+
+def draw_1a(ax, folder):
+    model = plane_model(folder / "q1a" / "data2_diagonal.pt", q1a.HIDDEN, nn.SiLU)
+    test = core.split_points("data2", q1a.make_points("data2")).splits["test"][:1500]
     x, mean = model.sample(1500, core.fixed_noise("samples"))
-    for points, style in (
-        (test[:1500], dict(color="0.75", s=8)),
-        (x, dict(color="C0", s=4)),
-        (mean, dict(color="C1", s=4)),
-    ):
-        ax.scatter(*points.numpy().T, linewidths=0, **style)
+    for points, colour, size in ((test, "0.75", 8), (x, "C0", 4), (mean, "C1", 4)):
+        ax.scatter(*points.numpy().T, linewidths=0, color=colour, s=size)
     ax.set(title="1A: data, samples, µ(z)", aspect="equal", xticks=[], yticks=[])
 
 
-def draw_1b(ax, saved):
-    decoder = core.GaussianMLP(q1b.HIDDEN, nn.ReLU, q1b.DECODERS["diagonal"])
-    model = core.VAE(core.GaussianMLP(q1b.HIDDEN, nn.ReLU), decoder, core.StandardNormal((2,)))
-    model.load_state_dict(saved["state"]["diagonal"])
+def draw_1b(ax, folder):
+    model = plane_model(folder / "q1b" / "diagonal.pt", q1b.HIDDEN, nn.ReLU)
     points, labels = q1b.make_points()
     z = model.posterior(torch.from_numpy(points[:5000]).float(), core.fixed_noise("codes"))[0]
     for label, colour in enumerate(q1b.COLOURS):
@@ -57,44 +51,39 @@ def draw_1b(ax, saved):
     ax.set(title="1B: latents of three clusters", aspect="equal", xticks=[], yticks=[])
 
 
-def image_model(folder, script):
-    """The script's trained model; its images were synthetic, so that they may be shown."""
-    saved = load(folder, script)
-    args = argparse.Namespace(**saved["args"])
+def image_model(folder):
+    """A run's trained model; its images were synthetic, so that they may be shown."""
+    model, args = codec.load_model(folder)
     if args.data != "synthetic":
-        core.fail(f"{folder / script}: of {args.data}, whose images are not ours to show; use a run on synthetic")
-    priors = {"q2a": core.StandardNormal, "q2b": core.FlowPrior}
-    model = bonus.make_model(args) if script == "bonus" else core.ImageVAE(args.latents, priors[script])
-    model.load_state_dict(saved["state"])
-    return model.eval(), args
+        core.fail(f"{folder}: of {args.data}, whose images are not ours to show; use a run on synthetic")
+    return model, args
 
 
+def draw_images(ax, title, images):
+    """uint8 [N, 3, 32, 32] in rows of COLUMNS."""
+    rows = images.unflatten(0, (-1, COLUMNS)).permute(0, 3, 1, 4, 2)  # (rows, 32, COLUMNS, 32, 3)
+    ax.imshow(rows.flatten(2, 3).flatten(0, 1).numpy(), interpolation="nearest")
+    ax.set(title=title, xticks=[], yticks=[])
+
+
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="holds q1a, q1b, q2a, q2b and bonus")
     folder = parser.parse_args().results
     fig, axes = plt.subplots(2, 3, figsize=(9.2, 6.6), layout="constrained")
-    with torch.no_grad():
-        draw_1a(axes[0, 0], load(folder, "q1a"))
-        draw_1b(axes[0, 1], load(folder, "q1b"))
-        model, args = image_model(folder, "bonus")
-        args.evaluate = None
-        test = core.load_images(args).splits["test"]
-        shown = test[:COLUMNS]
-        codes = model.encoder(core.bin_centres(shown))[0]
-        draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
-        images = {
-            axes[0, 2]: ("bonus: images, 3 drawn from z each", torch.cat([shown, *draws])),
-            axes[1, 0]: ("test images", test[: COLUMNS * COLUMNS]),
-        }
-        for ax, script, name in ((axes[1, 1], "q2a", "2a: samples, N(0, I)"), (axes[1, 2], "q2b", "2b: samples, flow")):
-            x, _ = image_model(folder, script)[0].sample(COLUMNS * COLUMNS, core.fixed_noise("samples"))
-            images[ax] = (name, core.quantise(x))
-    for ax, (title, panel) in images.items():
-        ax.imshow(core.tiled(panel, COLUMNS), interpolation="nearest")
-        ax.set_axis_off()
-        ax.set_title(title)
-    core.save_figure(fig, ROOT / "results/published/front.png")
+    draw_1a(axes[0, 0], folder)
+    draw_1b(axes[0, 1], folder)
+    model, args = image_model(folder / "bonus")
+    test = core.load_images("synthetic", "", args.limit, args.seed, batch_size=0).splits["test"][: COLUMNS**2]
+    codes, _ = model.encoder(core.bin_centres(test[:COLUMNS]))
+    draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
+    draw_images(axes[0, 2], "bonus: images, 3 drawn from z each", torch.cat([test[:COLUMNS], *draws]))
+    draw_images(axes[1, 0], "test images", test)
+    for ax, script, title in ((axes[1, 1], "q2a", "2a: samples, N(0, I)"), (axes[1, 2], "q2b", "2b: samples, flow")):
+        x, _ = image_model(folder / script)[0].sample(COLUMNS**2, core.fixed_noise("samples"))
+        draw_images(ax, title, core.quantise(x))
+    core.save_figure(fig, ROOT / "results" / "published" / "front.png")
 
 
 if __name__ == "__main__":

@@ -1,62 +1,227 @@
-"""Copy a finished run into results/published, from where `python tests/tools/readme_table.py` puts it into the README.
+"""Copy a finished run into results/published, and write the tables of README.md and results/README.md from there.
 
 python tests/tools/publish.py results/q2b                  metrics.json, report.md, all figures and codec.json
 python tests/tools/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only
                                                            those figures that show no image of the data
 python tests/tools/publish.py results/q2b --metrics-only   of further seeds: metrics.json alone
-Pictures over 200 kB are copied in 256 colours. A published run of the same name gives way to it.
+python tests/tools/publish.py --reports                    nothing new: published reports by today's code, and tables
+
+A published run of the same name gives way to it. After `pip install pillow-jxl-plugin`, lossless JPEG XL (effort 9) of
+the first 1,000 test images is measured too, once per data set: into jpeg_xl.json, by the data's SHA-256.
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
+import statistics
+import sys
 from pathlib import Path
 
-from PIL import Image
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import core  # noqa: E402
+from tools import bench  # noqa: E402
 
-PUBLISHED = Path(__file__).resolve().parent.parent.parent / "results" / "published"
-LIMIT = 200_000  # bytes
-SHOW_DATA = ("report.md", "interpolations.png", "reconstructions.png", "lossy.png", "neighbours.png")
+PUBLISHED = ROOT / "results" / "published"
+SCRIPTS = ("q1a", "q1b", "q2a", "q2b", "bonus")
+SHOW_DATA = ("interpolations.png", "reconstructions.png", "lossy.png", "neighbours.png")
+UNSAID = ("out", "device", "smoke", "evaluate", "samples", "data_root", "resume")  # flags that change no number
+FURTHER = {"compare": False, "table_epochs": None}  # flags that add trainings, and their defaults
+COLUMNS = {  # of results/README.md, which has every published run
+    "question, model": "what", "data": "data", "−ELBO, bits/dim": "bound", "KL, bits/dim": "kl",
+    "decoder term, bits/dim": "recon", "reference, bits/dim": "reference", "file on disk, bits/dim": "file",
+    "epochs": "epochs", "training, s": "seconds", "threads": "threads", "command": "command",
+}  # fmt: skip
+SHORT_COLUMNS = {  # of README.md, which has one row for each question
+    name: COLUMNS[name] for name in ("question, model", "data", "−ELBO, bits/dim", "file on disk, bits/dim",
+                                     "reference, bits/dim", "training, s", "command")
+}  # fmt: skip
+SHORT_MODELS = ("1A, data1, diagonal", "1A, data2, diagonal", "1B, diagonal", "1B, isotropic")
+SHORT_DATA = ", at most 4000 training images"  # of the image models, at the default recipe
+
+
+def read(path):
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def write(path, found):
+    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def flags(metrics):
+    """The flags of a run that are not at their defaults."""
+    script = metrics["script"]
+    parser = core.Parser(script, images=script not in ("q1a", "q1b"))
+    defaults = vars(parser.parse_args([])) | FURTHER | importlib.import_module(script).DEFAULTS
+    return {k: v for k, v in metrics["args"].items() if k not in UNSAID and v != defaults.get(k)}
 
 
 def folder_name(metrics):
     """q1a, or q2b_synthetic_4000_fp32_seed_1: the script, for images data, limit and fp32, and a seed other than 0."""
-    data, limit, precision, seed = (metrics["args"].get(name) for name in ("data", "limit", "precision", "seed"))
-    fp32 = data and precision == "fp32" and precision
+    data, limit, seed = (metrics["args"].get(name) for name in ("data", "limit", "seed"))
+    fp32 = data and metrics["env"]["precision"] == "fp32" and "fp32"
     parts = (metrics["script"], data and Path(data).stem, limit, fp32, seed and f"seed_{seed}")
     return "_".join(str(part) for part in parts if part)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="results/<script> of a finished run")
-    parser.add_argument("--no-images", action="store_true")
-    parser.add_argument("--metrics-only", action="store_true")
-    args = parser.parse_args()
-    if not (args.folder / "metrics.json").exists():
-        parser.error(f"{args.folder}: no finished run, as there is no metrics.json")
-    metrics = json.loads((args.folder / "metrics.json").read_text("utf-8"))
-    if metrics.get("failed") or not metrics.get("finished", True):
-        parser.error(f"{args.folder}: not a finished run; missing: {', '.join(metrics['failed']) or 'training'}")
+def publish(folder, images=True, metrics_only=False):
+    """Copy a run's folder to where it belongs."""
+    metrics = read(folder / "metrics.json")
+    measure_jpeg_xl(metrics)
+    args = metrics["args"]
+    args |= {name: usual for name, usual in (("out", "results"), ("data_root", "data")) if name in args}
+    if "data" in args:
+        args["data"] = Path(args["data"]).name  # folders are nobody's business
     target = PUBLISHED / folder_name(metrics)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    out, metrics["args"]["out"] = metrics["args"]["out"], "results"  # folders are nobody's business
-    if "data" in metrics["args"]:
-        metrics["args"]["data"] = Path(metrics["args"]["data"]).name
-    (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    for path in sorted([*args.folder.glob("*.png"), *args.folder.glob("*.md"), *args.folder.glob("codec.json")]):
-        if args.metrics_only or (args.no_images and path.name in SHOW_DATA):
-            continue
-        if path.suffix == ".png" and path.stat().st_size > LIMIT:
-            picture = Image.open(path).convert("RGB")  # median cut, the default, would lose the rarer colours
-            picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3).save(target / path.name, optimize=True)
-        elif path.suffix == ".md":
-            text = path.read_text("utf-8").replace(f"{out}/", "results/")
-            (target / path.name).write_text(text, "utf-8")
-        else:
-            shutil.copy(path, target)
-        print(target / path.name, (target / path.name).stat().st_size)
+    write(target / "metrics.json", metrics)
+    if not metrics_only:
+        if images:
+            write_report(target)
+        for path in [*sorted(folder.glob("*.png")), *folder.glob("codec.json")]:
+            if images or path.name not in SHOW_DATA:
+                shutil.copy(path, target)
+    print(f"published as {target}:", *sorted(path.name for path in target.iterdir()))
+
+
+def measure_jpeg_xl(metrics):
+    """Of a run's test images, unless they are known."""
+    path, key, args = PUBLISHED / "jpeg_xl.json", metrics["data"].get("sha256"), metrics["args"]
+    if not key or key in read(path) or not importlib.util.find_spec("pillow_jxl"):
+        return
+    importlib.import_module("pillow_jxl")  # teaches Pillow the format
+    data = core.load_images(args["data"], args["data_root"], args["limit"], args["seed"], batch_size=0)
+    bits = core.codec_bits_per_dim(data.splits["test"][:1000], "JXL", effort=9)
+    write(path, read(path) | {key: {"data": data.name, "bpd": bits}})
+
+
+def report_of(folder):
+    """What today's code reports of a published run, or of the published times."""
+    if folder.name == "bench":
+        return bench.report(read(folder / "bench.json"))
+    metrics = read(folder / "metrics.json")
+    return importlib.import_module(metrics["script"]).report(metrics)
+
+
+def write_report(folder):
+    (folder / "report.md").write_text(report_of(folder), "utf-8")
+
+
+def published():
+    """The published runs in the order of the questions: lists of metrics of runs that differ in their seeds alone."""
+    groups = {}
+    for path in PUBLISHED.glob("*/metrics.json"):
+        metrics = read(path) | {"codec": read(path.with_name("codec.json"))}
+        key = {k: v for k, v in flags(metrics).items() if k not in ("seed", *FURTHER)}
+        data, key = metrics["data"], json.dumps(key) + metrics["env"]["precision"]
+        place = SCRIPTS.index(metrics["script"]), data.get("name", ""), data.get("train", 0), key
+        groups.setdefault(place, []).append(metrics)
+    return [sorted(runs, key=lambda metrics: metrics["args"]["seed"]) for _, runs in sorted(groups.items())]
+
+
+def bound_cell(bounds, short):
+    """Mean over seeds; ± the standard error over test examples, left out of a short cell of several seeds; range."""
+    values, several = [f["neg_elbo_bpd"] for f in bounds], len(bounds) > 1
+    error = "" if short and several else f" ± {statistics.mean(f['neg_elbo_se_bpd'] for f in bounds):.4f}"
+    range_ = f" ({min(values):.4f} to {max(values):.4f}, n = {len(values)})" if several else ""
+    return f"{statistics.mean(values):.4f}{error}{range_}"
+
+
+def command_cell(runs):
+    """The command of the first run, and the seeds of all."""
+    words = [f"{runs[0]['script']}.py"]
+    for name, value in flags(runs[0]).items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [f"{value}"])]
+    seeds = f", `--seed` {runs[0]['args']['seed']} to {runs[-1]['args']['seed']}" if len(runs) > 1 else ""
+    return f"`{' '.join(words)}`{seeds}"
+
+
+def file_cell(runs):
+    """What tests/tools/codec.py made of the first test images, its start-up apart, and the bound on the same."""
+    for codec in (metrics["codec"] for metrics in runs if metrics["codec"]):
+        bits = codec["bits_per_dim"]
+        file, bound = bits["file without the start-up"], bits["bound as in the reports (core.evaluate)"]
+        return f"{file:.4f} ({codec['images']} images; −ELBO there {bound:.4f})"
+    return ""
+
+
+def references(metrics):
+    """For the test images of a run: what lossless codecs make of them, and two bounds on the entropy of their law."""
+    jpeg_xl = read(PUBLISHED / "jpeg_xl.json").get(metrics["data"]["sha256"])
+    codecs = metrics["test_codecs_bpd"] | ({"JPEG XL": jpeg_xl["bpd"]} if jpeg_xl else {})
+    found = {codec: f"{codec} {bits:.3f}" for codec, bits in codecs.items()}
+    for floor in read(PUBLISHED / "floor.json").values():
+        first_test_image = metrics["data"]["train"] + metrics["data"]["valid"]
+        if metrics["args"]["data"] == "synthetic" and floor["first_image"] == first_test_image:
+            low, cost = floor["scene_known"]["bpd"], floor["scene_costs_at_most"]["bpd"]
+            found["entropy"] = f"entropy {low:.3f} to {low + cost:.3f}"
+    return found
+
+
+def rows(short=False):
+    """The cells of every row: for each group of runs, one; of 1A and 1B one for each model."""
+    for runs in published():
+        first, plane = runs[0], runs[0]["script"] in ("q1a", "q1b")
+        curves = first["curves"].values() if plane else [first["curves"]]
+        row = {
+            "data": first["data"].get("name", "Gaussian"), "file": file_cell(runs), "epochs": first["args"]["epochs"],
+            "seconds": f"{sum(curve['seconds'] for curve in curves):,.0f}", "threads": first["env"]["threads"],
+            "command": command_cell(runs),
+        }  # fmt: skip
+        for model in first["final"] if plane else [""]:
+            name = first["script"].removeprefix("q").upper() if plane else first["script"].removeprefix("q")
+            row["what"] = f"{name}, {model.replace('_', ', ')}" if plane else name
+            finals = [metrics["final"][model] if plane else metrics["final"] for metrics in runs]
+            bounds = [final.get("test", final) for final in finals]
+            row |= {key: f"{statistics.mean(f[f'{key}_bpd'] for f in bounds):.4f}" for key in ("kl", "recon")}
+            known = {"floor": f"true density {bounds[0]['floor_bpd']:.4f}"} if plane else references(first)
+            if short and not plane:
+                if not row["data"].endswith(SHORT_DATA) or {"lr", "muon_lr", "handout", "precision"} & set(
+                    flags(first)
+                ):
+                    continue
+                row["data"] = "4,000 synthetic images"
+                known = {name: text for name, text in known.items() if name in ("JPEG XL", "entropy")}
+            if not short or not plane or row["what"] in SHORT_MODELS:
+                yield row | {"bound": bound_cell(bounds, short), "reference": ", ".join(known.values())}
+
+
+def table(short=False):
+    """README.md's table, if short, or that of results/README.md."""
+    columns = SHORT_COLUMNS if short else COLUMNS
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(str(row[key]) for key in columns.values())} |" for row in rows(short)]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"README.md": True, "results/README.md": False}  # short?
+
+
+def cut_out(text, short):
+    """A text around its table: before it, the table, after it."""
+    begin = text.index(f"| {' | '.join(SHORT_COLUMNS if short else COLUMNS)} |\n")
+    end = text.index("|\n\n", begin) + 2
+    return text[:begin], text[begin:end], text[end:]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="results/<script> of a finished run")
+    parser.add_argument("--no-images", action="store_true")
+    parser.add_argument("--metrics-only", action="store_true")
+    parser.add_argument("--reports", action="store_true")
+    args = parser.parse_args()
+    if args.folder:
+        if not (args.folder / "metrics.json").exists():
+            parser.error(f"{args.folder}: no finished run, as there is no metrics.json")
+        publish(args.folder, not args.no_images, args.metrics_only)
+    for report in PUBLISHED.glob("*/report.md") if args.reports else ():
+        write_report(report.parent)
+    for name, short in TABLES.items():
+        before, _, after = cut_out((ROOT / name).read_text("utf-8"), short)
+        (ROOT / name).write_text(before + table(short) + after, "utf-8")
 
 
 if __name__ == "__main__":
