@@ -63,9 +63,9 @@ def split_params(params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def add_to_means(params: Tensor, x: Tensor) -> Tensor:
-    """Add x [B, 3, ...] to the means of all K components in params [B, 10 K, ...]; in float32 or wider."""
+    """Add x [B, 3, ...] to the means of all K components in params [B, 10 K, ...], in x's float32 or wider."""
     shift = torch.cat([torch.zeros_like(x[:, :1]), x, torch.zeros_like(x), torch.zeros_like(x)], 1)  # (B, 10, ...)
-    return (core.at_least_fp32(params).unflatten(1, (PER_COMPONENT, -1)) + shift[:, :, None]).flatten(1, 2)
+    return (params.unflatten(1, (PER_COMPONENT, -1)) + shift[:, :, None]).flatten(1, 2)
 
 
 def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> Tensor:
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         model = LossyVAE(latents, receptive_field, args.prior, args.blind)
         return model.to(device).to(memory_format=torch.channels_last)
 
-    # 2. Training. The weights kept are the best on validation; --evaluate takes an earlier training's.
+    # 2. Training; or, with --evaluate, an earlier training's weights.
     model = make_model()
     recipe = core.Recipe(
         args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate:
         return
 
-    # 5. Further trainings: does the code pay, and what does the receptive field leave to it? Then the report again.
+    # 5. Further trainings: does the code pay, what does the receptive field leave to it? The report again.
     without = make_model(latents=0)
     core.fit(without, splits, recipe, out / "no_code.pt", about, args.resume, "no code")
     no_code = core.evaluate(without, test)

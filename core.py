@@ -425,6 +425,7 @@ def check_prior(prior: StandardNormal) -> float:
 
 SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
+SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
 class Data(NamedTuple):
@@ -501,9 +502,6 @@ def load_svhn(root: Path) -> list[np.ndarray]:
     return [train, valid, test]
 
 
-SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
-
-
 def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarray]]:
     """A user's images: the data's name, and train, valid and test, each uint8 [N, 32, 32, 3].
     Sets of these names are the splits; without valid, a tenth of train is. A single set is split 80/10/10."""
@@ -546,10 +544,12 @@ def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
             if file.is_dir() or any(part.startswith(".") for part in (top, *below)):  # macOS: ._1.png beside 1.png
                 continue
             try:
-                yield SPLIT_NAMES.get(top.lower(), "images") if below else "images", file.name, Image.open(file)
-            except UnidentifiedImageError:
-                if formats.get(file.suffix.lower()) in Image.OPEN:
-                    fail(f"--data {path}: {file.name} is no readable image; remove it")
+                image = Image.open(file)
+            except (OSError, Image.DecompressionBombError) as error:
+                if isinstance(error, UnidentifiedImageError) and formats.get(file.suffix.lower()) not in Image.OPEN:
+                    continue
+                fail(f"--data {path}: {file.name} is no readable image ({error}); remove it")
+            yield SPLIT_NAMES.get(top.lower(), "images") if below else "images", file.name, image
         return
     wanted = "wanted: uint8 [N, height, width, 3] in an npz file; or a folder of images; or svhn; or synthetic"
     try:
@@ -580,7 +580,7 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
 # Synthetic images: a stand-in for SVHN, drawn by a known law: scene, picture, noise, rounding.
 SYNTHETIC_BATCH = 1024  # images that are drawn together: part of what the set is
 # Two sides of their entropy, bits/dim: E[-log2 P(image | its scene)], and that plus what the scene costs; measured by
-# tests/tools/floor.py (results/published/floor.json).
+# tests/tools/floor.py (results/published/floor.json); ± .019 over its 1,000 images.
 SYNTHETIC_ENTROPY = {"entropy, at least": 1.982, "entropy, at most": 2.029}
 
 
@@ -670,6 +670,8 @@ def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
 
 # ---------------------------------------------------- training
 
+EVALUATION_SIZE = 2**20  # numbers in a batch of an evaluation, 341 images: part of what its noise is
+
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
@@ -678,9 +680,6 @@ def evaluate(model: nn.Module, x: Tensor, seed: int = 0) -> Terms:
     terms = [model(some, fixed_noise("evaluation", seed, k)) for k, some in enumerate(evaluation_batches(x))]
     recon, kl = (torch.cat(parts).cpu().double() for parts in zip(*terms, strict=True))
     return Terms(recon, kl)
-
-
-EVALUATION_SIZE = 2**20  # numbers in a batch of an evaluation, 341 images: part of what its noise is
 
 
 def evaluation_batches(x: Tensor) -> tuple[Tensor, ...]:
@@ -834,8 +833,6 @@ class Recipe:
 
 
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
-
-
 KEEP_SECONDS = 60  # between checkpoints
 
 
@@ -1029,7 +1026,7 @@ def claim(out: Path, resume: bool) -> filelock.FileLock | None:
         fail(f"cannot write into {out}: {error.strerror}; choose another --out")
     earlier_run = any(path.suffix in (".json", ".pt") for path in out.iterdir())
     if resume and not earlier_run:
-        print(f"--resume: no earlier run in {out}; this one starts from the beginning")
+        print(f"no earlier run in {out}: this one starts from the beginning")
     elif earlier_run and not resume:
         free = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
         earlier = out.rename(next(path for path in free if not path.exists()))
@@ -1070,14 +1067,16 @@ def describe_run(
     return {"script": script, "args": vars(args), "data": data, "env": env, "params": params}
 
 
-DPI = 130  # of every figure
+def as_png(save: Callable[..., Any], **options: Any) -> bytes:
+    """What a figure's or an image's method writes."""
+    drawn = io.BytesIO()
+    save(drawn, format="png", **options)
+    return drawn.getvalue()
 
 
 def save_figure(fig: Any, path: Path) -> None:
     """Write the figure as a PNG and close it; in a notebook, show it too."""
-    drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=DPI)
-    write_whole(path, drawn.getvalue())
+    write_whole(path, as_png(fig.savefig, dpi=130))
     if IN_KERNEL:
         plt.show()
     plt.close(fig)
@@ -1112,13 +1111,12 @@ def save_grid(panels: Iterable[Tensor], columns: int, path: Path, stacked: bool 
 
     grids = [F.pad(make_grid(x.cpu(), columns, padding=1, pad_value=255), (8, 8, 8, 8), value=255) for x in panels]
     picture = torch.cat(grids, 1 if stacked else 2).repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0)
-    drawn = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(drawn, "PNG")
-    write_whole(path, drawn.getvalue())
+    image = Image.fromarray(picture.numpy())
+    write_whole(path, as_png(image.save))
     if IN_KERNEL:
         from IPython.display import display
 
-        display(Image.open(drawn))
+        display(image)
 
 
 def straight_lines(ends: Tensor, steps: int) -> Tensor:
@@ -1159,7 +1157,7 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
     """uint8 [N, 3, 32, 32] as single files 0000.png, 0001.png, ..., from number `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        Image.fromarray(image).save(folder / f"{first + k:04d}.png")
+        write_whole(folder / f"{first + k:04d}.png", as_png(Image.fromarray(image).save))
 
 
 def with_error(found: dict[str, Any], name: str) -> str:
@@ -1257,7 +1255,7 @@ class Parser(argparse.ArgumentParser):
         add, rate = self.add_argument, number(float, 0, 1)
         add("--epochs", type=number(int, 0, 10**9), help="passes over the training set")
         add("--batch-size", type=number(int, 1, 10**9), help="examples per step")
-        add("--lr", type=rate, help="peak learning rate of Adam")
+        add("--lr", type=number(float, 1e-9, 1), help="peak learning rate of Adam")
         add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches, noise")
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the fastest present")
         add("--out", default="results", help=f"results go to OUT/{script}")
@@ -1283,6 +1281,7 @@ class Parser(argparse.ArgumentParser):
 HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0)  # what the handout recommends: --handout
 OF_ONE_COMMAND = {"out", "resume", "smoke", "evaluate", "samples"}  # not taken from a checkpoint
 MAY_DIFFER = {"epochs", "data", "data_root", "device", "precision", "compare", "table_epochs"}  # from it
+THREADS = torch.get_num_threads()  # of the machine, or of OMP_NUM_THREADS
 
 
 def parse_args(
@@ -1322,9 +1321,6 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Which arguments of ours differ from theirs, with both values; "" if none does."""
     both = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
     return ", ".join(f"--{k.replace('_', '-')} ({theirs}, now {ours})" for k, (theirs, ours) in both.items())
-
-
-THREADS = torch.get_num_threads()  # of the machine, or of OMP_NUM_THREADS
 
 
 def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS) -> tuple[str, str]:

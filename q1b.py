@@ -24,12 +24,12 @@ CENTRES = ((-1.5, 2.5), (1.5, 2.5))  # two round clusters; the third is the arc 
 STD = 0.2
 DECODERS = {"diagonal": 2, "isotropic": 1}  # how many log stds the decoder has
 HIDDEN = (96, 96, 96)  # with ReLU: the map from one Gaussian to three clusters has sharp edges
-SHORT_MUON_LR, MUON_LR = 0.02, 0.012  # peaks, for the matrices between hidden layers; --lr is Adam's, for the rest
-SHORT_KL_WARMUP = 0.5  # fraction of the short run over which the KL's weight rises to 1; reported bounds have weight 1
+SHORT_MUON_LR, MUON_LR = 0.02, 0.012  # peaks, between hidden layers; --lr is Adam's, for the rest
+SHORT_KL_WARMUP = 0.5  # of the short run: while the KL's weight rises to 1
 DEFAULTS = dict(epochs=50, batch_size=1000, lr=1.5e-3)
 SMOKE = dict(epochs=2)
 DRAWS_PER_POINT = 10_000  # of z, for each of the first 100 test points
-COLOURS = ("#56b4e9", "#e69f00", "#000000")  # of the labels 0, 1, 2: told apart in grey and by the colour-blind
+COLOURS = ("#56b4e9", "#e69f00", "#000000")  # told apart in grey and by the colour-blind
 
 
 def make_points() -> tuple[np.ndarray, np.ndarray]:

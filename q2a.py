@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = ImageVAE(args.latents, StandardNormal).to(device).to(memory_format=torch.channels_last)
 
-    # 2. Training. The weights kept are the best on validation; --evaluate takes an earlier training's.
+    # 2. Training; or, with --evaluate, an earlier training's weights.
     recipe = core.Recipe(
         args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
         args.kl_warmup, args.seed, precision,
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         about = {"script": "q2a", "args": vars(args)}
         curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
-    # 3. Bounds; and beside them the check of the prior, and lossless codecs.
+    # 3. Bounds, the check of the prior, lossless codecs.
     _, measured = core.measure_images(model, splits)
     metrics = core.describe_run("q2a", args, data.describe(), device, precision, model)
     metrics |= {"curves": curves} | measured

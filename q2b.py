@@ -40,7 +40,7 @@ def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
     """2a's checkpoint, if there is one, has to be of the same arguments and data."""
     if path.exists():
         saved = core.read_checkpoint(path, "q2a")
-        free = core.OF_ONE_COMMAND | core.MAY_DIFFER - {"epochs"}
+        free = core.OF_ONE_COMMAND | core.MAY_DIFFER - {"epochs", "precision"}
         differing = core.differences(saved["args"], {k: v for k, v in ours.items() if k not in free})
         differing = differing or "the data" * (saved["data"] != data_hash)
         if differing:
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = ImageVAE(args.latents, FlowPrior).to(device).to(memory_format=torch.channels_last)
 
-    # 2. Training. The weights kept are the best on validation; --evaluate takes an earlier training's.
+    # 2. Training; or, with --evaluate, an earlier training's weights.
     recipe = core.Recipe(
         args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
         args.kl_warmup, args.seed, precision,
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         about = {"script": "q2b", "args": vars(args)}
         curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
-    # 3. Bounds; and beside them the check of the prior, and lossless codecs.
+    # 3. Bounds, the check of the prior, lossless codecs.
     of_test, measured = core.measure_images(model, splits)
     metrics = core.describe_run("q2b", args, data.describe(), device, precision, model)
     metrics |= {"curves": curves} | measured
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     if comparing:
         torch.manual_seed(args.seed)
         model_a = ImageVAE(args.latents, StandardNormal).to(device).to(memory_format=torch.channels_last)
-        _lock_2a = core.claim(path_2a.parent, resume=True)
+        _lock_2a = core.claim(path_2a.parent, resume=path_2a.exists())
         core.fit(model_a, splits, recipe, path_2a, {"script": "q2a", "args": of_2a}, resume=True, name="2a")
         torch.manual_seed(args.seed)
         fitted = with_fitted_flow(model_a).to(device).to(memory_format=torch.channels_last)

@@ -118,7 +118,7 @@ def test_schedules_rise_to_one_stay_and_fall_to_zero():
 
 
 def test_muon_has_the_hidden_kernels_adam_the_rest_and_both_follow_the_schedule():
-    model = ImageVAE(4, FlowPrior)
+    model = ImageVAE(8, FlowPrior)
     model.prior.requires_grad_(False)
     shared = [{id(p) for p in some.param_groups[0]["params"]} for some in core.make_optimisers(model, 1e-3, 0.02)]
     for name, p in model.named_parameters():
@@ -185,4 +185,6 @@ def test_a_curve_is_of_a_360th_of_what_is_trained_on_and_of_the_same_examples_af
     splits = dict(zip(core.SPLITS, torch.randn(4000, 2).split([3600, 300, 100]), strict=True))
     for epochs, resume, examples in ((1, False, 32), (90, False, 300), (5, False, 50), (90, True, 50)):  # 32 to all
         options = dict(epochs=epochs, batch_size=3600, path=tmp_path / "checkpoint.pt", resume=resume)
-        assert train(point_model(), splits, **options)["examples"] == examples
+        curves = train(point_model(), splits, **options)
+        at_first = core.in_bits(evaluate(point_model(), splits["valid"][:examples]), 2)["neg_elbo_bpd"]
+        assert curves["examples"] == examples and curves["valid"]["neg_elbo_bpd"][0] == at_first
