@@ -766,10 +766,13 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [a, b >= a] each.
     Five steps of Newton-Schulz, x <- f x with f = 3.4445 - 4.7750 g + 2.0315 g^2 and g = x x^T, from x / |x|. f is a
     polynomial of the small g: q collects the factors and meets x once. Equal smaller sides share one batched loop."""
+    places: dict[torch.Size, list[int]] = {}  # of equal shapes, which share one product
+    for k, x in enumerate(matrices):
+        places.setdefault(x.shape, []).append(k)
     results = list(matrices)
     for side in sorted({len(x) for x in matrices}):
-        places = [k for k, x in enumerate(matrices) if len(x) == side]
-        g = torch.stack([matrices[k] @ matrices[k].mT for k in places])  # (n, side, side)
+        stacks = {shape: torch.stack([matrices[k] for k in ks]) for shape, ks in places.items() if shape[0] == side}
+        g = torch.cat([x @ x.mT for x in stacks.values()])  # (n, side, side)
         square = g.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)[:, None, None]  # |x|^2
         g, q = g / square, torch.eye(side, dtype=g.dtype, device=g.device) / square.sqrt()
         for step in range(5):
@@ -778,8 +781,9 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
             if step < 4:
                 g = torch.baddbmm(g, p, g, beta=3.4445)  # f g
                 g = torch.baddbmm(g, g, p, beta=3.4445)  # f g f
-        for k, factor in zip(places, q, strict=True):
-            results[k] = factor @ matrices[k]
+        for (shape, x), factors in zip(stacks.items(), q.split([len(x) for x in stacks.values()]), strict=True):
+            for k, result in zip(places[shape], factors @ x, strict=True):
+                results[k] = result
     return results
 
 
