@@ -28,7 +28,7 @@ import core
 from core import VAE, ConvDecoder, ConvEncoder, FlowPrior, StandardNormal, bits_per_dim
 
 COMPONENTS = 10  # K, the logistics in a pixel's mixture
-PER_COMPONENT = 1 + 3 + 3 + 3  # parameters: its logit; and for each colour a mean, a log scale and a coefficient
+PER_COMPONENT = 1 + 3 + 3 + 3  # parameters: its logit; the colours' means, log scales and three coefficients
 WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
 GAIN = 8  # enlarges the small differences between neighbours
 RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
@@ -50,7 +50,7 @@ def logistic_log_prob(levels: Tensor, mu: Tensor, log_scale: Tensor, num_levels:
     step, sharpness = 2 / num_levels, torch.exp(-log_scale)
     a = (levels * step - 1 - mu) * sharpness
     b = ((levels + 1.0) * step - 1 - mu) * sharpness  # in floats, as in uint8 255 + 1 is 0
-    up_to_b, from_a = F.logsigmoid(b), F.logsigmoid(-a)  # log P of this level and all below; and all above
+    up_to_b, from_a = F.logsigmoid(b), F.logsigmoid(-a)  # log P of this level or below; of this or above
     inside = up_to_b + from_a + torch.log(-torch.expm1(-step * sharpness))
     return torch.where(levels == 0, up_to_b, torch.where(levels == num_levels - 1, from_a, inside))
 
@@ -83,7 +83,7 @@ def mixture_log_prob(levels: Tensor, params: Tensor, num_levels: int = 256) -> T
 
 
 def mixture_sample(params: Tensor, u: Tensor) -> Tensor:
-    """A level for each colour from uniform noise, as bin centres in [-1, 1]; exactly of `mixture_log_prob`.
+    """Colours drawn by uniform noise from `mixture_log_prob`'s distribution, as bin centres in [-1, 1].
     params [B, 10 K, P, 1], u in (0, 1) [B, K + 3, P, 1]: K to choose the component (Gumbel-max), 3 for the colours.
     -> [B, 3, P, 1]."""
     logits, *of_colours = split_params(params)
@@ -128,7 +128,7 @@ class LocalPixelCNN(nn.Module):
         return self.trunk(z) if self.trunk else z.new_zeros(len(z), WIDTH, 32, 32)
 
     def neighbours(self, x: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """What pixels in rows i and columns j, int64, which broadcast to [P, Q], see of x [B, 3, 32, 32].
+        """What the pixels (i, j), int64 indices that broadcast to [P, Q], see of x [B, 3, 32, 32].
         -> [B, 4 T + 3, P, Q]: GAIN (neighbour - average) for each colour, 0 outside the image; whether the neighbour is
         inside, 1 or 0; and the average, of those of its two pixels that are inside (0 in the corner)."""
         n = self.receptive_field
@@ -237,7 +237,7 @@ def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
 
 
 def table_text(rows: list[dict[str, Any]]) -> str:
-    """Whether the receptive field moves the code, then the table, from the rows alone."""
+    """Whether the receptive field moves the code, then the table."""
     lines = "\n".join(
         f"| {r['receptive_field']} | {core.with_error(r, 'neg_elbo')} | {core.with_error(r, 'kl')} "
         f"| {r['recon_bpd']:.4f} |"
@@ -314,7 +314,7 @@ Test images, and three draws x ~ p(x|z) from each one's code.
 
 
 def draw_figures(model: LossyVAE, test: Tensor, out: Path) -> None:
-    """100 samples, interpolations of five pairs of test images, and three draws of each from its code."""
+    """100 samples, interpolations of five test pairs, and three draws of each from its code."""
     x = model.draw_levels(model.prior.sample(100, core.fixed_noise("samples")), "pixels")
     core.save_grid((x,), 10, out / "samples.png")
     images = core.evenly_spaced(test, 10)
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 4. Figures and report.
-    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
+    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" and not args.evaluate else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
     core.plot_curves({"": curves}, floor, f"bonus, {data.name}\n{bound}", out / "curves.png")
     draw_figures(model, test, out)
@@ -390,10 +390,10 @@ def main(argv: list[str] | None = None) -> None:
     metrics["no_code"] |= {"above_bpd": above.mean().item(), "above_se_bpd": core.standard_error(above)}
     table_epochs = math.ceil(args.epochs / 5) if args.table_epochs is None else args.table_epochs
     for size in RECEPTIVE_FIELDS if table_epochs else ():
-        smaller, name = make_model(receptive_field=size), f"receptive field {size}"
+        another, name = make_model(receptive_field=size), f"receptive field {size}"
         path = out / f"receptive_field_{size}.pt"
-        core.fit(smaller, splits, replace(recipe, epochs=table_epochs), path, about, args.resume, name)
-        row = {"receptive_field": size, "epochs": table_epochs, **core.in_bits(core.evaluate(smaller, test), 3072)}
+        core.fit(another, splits, replace(recipe, epochs=table_epochs), path, about, args.resume, name)
+        row = {"receptive_field": size, "epochs": table_epochs, **core.in_bits(core.evaluate(another, test), 3072)}
         metrics.setdefault("receptive_fields", []).append(row)
     core.write_results(out, metrics, report(metrics))
 

@@ -61,7 +61,7 @@ class Terms(NamedTuple):
 
 
 def noise(kind: Callable, shape: tuple[int, ...], device: Any, generator: torch.Generator | None = None) -> Tensor:
-    """torch.randn or torch.rand; with a generator, of the CPU, the same on every device."""
+    """kind: torch.randn or .rand; from a (CPU) generator, the same on every device."""
     return kind(shape, generator=generator, device="cpu" if generator else device).to(device)
 
 
@@ -94,7 +94,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def bounded_log_std(raw: Tensor) -> Tensor:
-    """A smooth, increasing map onto (-7, 3), b tanh(raw / b) with b the bound on raw's side; elementwise. (With the
+    """A smooth, increasing map onto (-7, 3): b tanh(raw / b), b = 3 for raw > 0, else -7; elementwise. (With the
     handout's plain tanh a pixel's std is at least 47 grey levels: 6.88 bits/dim with a perfect mean.)"""
     high, low = LOG_STD_HIGH * torch.tanh(raw / LOG_STD_HIGH), LOG_STD_LOW * torch.tanh(raw / LOG_STD_LOW)
     return torch.where(raw > 0, high, low)
@@ -212,8 +212,8 @@ class VAE(nn.Module):
 
     def kl(self, z: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
         """log q(z|x) - log p(z) at a sampled z, for every prior. Each [B, *latent_shape] -> [B], nats.
-        log q is differentiated through z alone, as its other derivative has mean zero: where q(z|x) is the posterior,
-        the encoder's gradient then has no noise (Roeder et al. 2017, arXiv:1703.09194)."""
+        mu, log_std are detached: log q's gradient at fixed z is noise of mean zero. Without it the encoder's has none
+        where q(z|x) is the posterior (Roeder et al. 2017, arXiv:1703.09194)."""
         return normal_log_prob(z, mu.detach(), log_std.detach()) - self.prior.log_prob(z)
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
@@ -335,15 +335,13 @@ class ConvDecoder(nn.Module):
 def causal_mask(mask_type: str, size: int) -> Tensor:
     """PixelCNN's mask (van den Oord et al. 2016, arXiv:1601.06759), [size, size]: 1 where a weight may stay.
     In raster order a position sees the rows above and what is to its left; "B" sees itself too."""
-    if mask_type not in ("A", "B"):
-        raise ValueError(f"mask_type must be 'A' or 'B', not {mask_type!r}")
     mask = torch.zeros(size * size)
     mask[: size * size // 2 + (mask_type == "B")] = 1
     return mask.view(size, size)
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A 'same' convolution of odd size that sees earlier positions only, all channels of a position alike."""
+    """A 'same' convolution of odd size under `causal_mask`, the same for all pairs of channels."""
 
     mask: Tensor
 
@@ -464,8 +462,8 @@ def check_batch_size(batch_size: int, examples: int) -> None:
 
 
 def load_images(data: str, root: str, limit: int | None, seed: int, batch_size: int) -> Data:
-    """The images that --data names, uint8 [N, 3, 32, 32] each split; under --limit N, N, N/10 and N/10 of them.
-    root: SVHN's folder. seed: of the split of a user's images. batch_size: 0: no training, test alone will do."""
+    """The images that --data names, uint8 [N, 3, 32, 32] each split; under --limit M: M, M/10 and M/10 of them.
+    root: SVHN's folder. seed: splits a user's images. batch_size 0: no training, so a test split is enough."""
     limited = (limit, limit // 10, limit // 10) if limit else None
     if data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(root))
@@ -527,7 +525,7 @@ def load_own(path: Path, seed: int, only_test: bool) -> tuple[str, list[np.ndarr
         x = random.permutation(images["train"])
         images["train"], images["valid"] = np.split(x, [len(x) * 9 // 10])
         name += ", a tenth of train kept for validation"
-    if set(images) != set(SPLITS) or min(map(len, images.values())) < (0 if only_test else 2):
+    if set(images) != set(SPLITS) or min(len(x) or 2 * only_test for x in images.values()) < 2:
         found = {split: len(some) for split, some in read.items()} or "no images"
         wanted = "sets train and test (and valid), or a single one, with two images or more in each split"
         fail(f"--data {path}: found {found}; wanted: {wanted}; move, rename or add some")
@@ -566,7 +564,7 @@ def own_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
 
 
 def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
-    """The mean file of a lossless codec of Pillow's, all included, bits/dim. images uint8 [N, 3, 32, 32]."""
+    """A lossless Pillow codec's mean file, headers and all, bits/dim. images uint8 [N, 3, 32, 32]."""
     num_bytes = 0
     for x in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -579,7 +577,7 @@ def codec_bits_per_dim(images: Tensor, codec: str, **options: Any) -> float:
 
 # Synthetic images: a stand-in for SVHN, drawn by a known law: scene, picture, noise, rounding.
 SYNTHETIC_BATCH = 1024  # images that are drawn together: part of what the set is
-# Two sides of their entropy, bits/dim: E[-log2 P(image | its scene)], and that plus what the scene costs; measured by
+# Bounds of their entropy, bits/dim: E[-log2 P(image | its scene)], and that plus what the scene costs; measured by
 # tests/tools/floor.py (results/published/floor.json); ± .019 over its 1,000 images.
 SYNTHETIC_ENTROPY = {"entropy, at least": 1.982, "entropy, at most": 2.029}
 
@@ -616,7 +614,7 @@ def draw_scenes(n: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def noise_amount(scenes: dict[str, Tensor]) -> Tensor:
-    """a, the standard deviation of the noise that a pixel's three colours share, [n], grey levels."""
+    """The standard deviation of the noise that a pixel's three colours share, [n], grey levels."""
     return torch.exp(math.log(1.8) + 0.5 * scenes["z_amount"])
 
 
@@ -689,7 +687,7 @@ def evaluation_batches(x: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
-    """Both terms for points x [N, 2] under the prior N(0, I), with little Monte Carlo noise: Terms of [N], nats.
+    """Both terms for points x [N, 2] under the prior N(0, I), with little noise: Terms of [N], nats.
     The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z. Also the
     standard error, nats, that the draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N."""
     draws = 64
@@ -765,8 +763,8 @@ def to_kernel(matrix: Tensor, shape: torch.Size) -> Tensor:
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """Wide matrices with their singular values moved towards 1 and their singular vectors kept. [a, b >= a] each.
     Five steps of Newton-Schulz, x <- f x with f = 3.4445 - 4.7750 g + 2.0315 g^2 and g = x x^T, from x / |x|. f is a
-    polynomial of the small g: q collects the factors and meets x once. Equal smaller sides share one batched loop."""
-    places: dict[torch.Size, list[int]] = {}  # of equal shapes, which share one product
+    polynomial of the small g: q, the product of the fs, meets x once. Equal smaller sides share one batched loop."""
+    places: dict[torch.Size, list[int]] = {}  # of equal shapes
     for k, x in enumerate(matrices):
         places.setdefault(x.shape, []).append(k)
     results = list(matrices)
@@ -849,7 +847,7 @@ def fit(
     at the end, with `about` in it. With resume, training goes on from there, on one machine to the same bits: order and
     noise of a step depend on seed, step and process alone."""
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
-    steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the rest of its own random order
+    steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the rest of its order
     steps = recipe.epochs * steps_per_epoch
     optimisers = make_optimisers(model, recipe.lr, recipe.muon_lr)
     about, start, order = about | {"data": sha256_of(splits)}, 0, None
@@ -860,7 +858,7 @@ def fit(
         "seconds": 0.0,
         **{split: {key: [] for key in CURVE_KEYS} for split in SPLITS},
     }
-    # So few that curves take a tenth of the time: 21 points of 3 splits see 21 * 3 / 360 of the examples trained on.
+    # So few that curves take a tenth of the time: 21 * 3 / 360 of the examples trained on, but forward only.
     curves["examples"] = min(len(splits["valid"]), max(32, recipe.epochs * len(train) // 360))
     if resume and path.exists():
         start, curves, best = load_progress(path, about["data"], model, optimisers, steps)
@@ -905,10 +903,10 @@ def train_step(
     world = rank_and_world()[1]
     if world > 1:  # the mean gradient over processes, in one exchange
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([x.flatten() for x in gradients]) / world
+        flat = torch.cat([g.flatten() for g in gradients]) / world
         dist.all_reduce(flat)
-        for x, mean in zip(gradients, flat.split([x.numel() for x in gradients]), strict=True):
-            x.copy_(mean.view(x.shape))
+        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(mean.view(g.shape))
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimiser in optimisers:
         optimiser.step()
@@ -917,7 +915,7 @@ def train_step(
 def add_to_curves(
     curves: dict[str, Any], model: Any, splits: dict[str, Tensor], step: int, epoch: float, path: Path, name: str
 ) -> bool:
-    """Evaluate, print a line, add to the curves; whether the model is the best on validation so far."""
+    """Evaluate, print a line, add to the curves; -> whether this is the best on validation so far."""
     if step in curves["step"]:  # before an interruption
         return False
     bounds = {split: in_bits(evaluate(model, x), x[0].numel()) for split, x in splits.items()}
@@ -943,8 +941,8 @@ def add_to_curves(
     return best
 
 
-# Several processes, of torchrun: in training each takes its part of a batch, with its own noise, and gradients are
-# averaged; everything else each does by itself. Rank 0 alone writes and prints.
+# Several processes, of torchrun: each takes its part of a batch, with its own noise, and gradients are averaged. All
+# else each does by itself. Rank 0 alone writes and prints.
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -961,7 +959,7 @@ def join_processes(device: str) -> None:
         if local_rank >= gpus:
             fail(f"torchrun: more processes than the {gpus} GPUs here; lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
-    hours = timedelta(hours=2)  # in which one may download SVHN while the others wait
+    hours = timedelta(hours=2)  # one may download SVHN while the others wait
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hours)
     if dist.get_rank():
         sys.stdout = io.StringIO()  # rank 0 prints for all
@@ -983,7 +981,7 @@ def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any]
     if saved["data"] != data:
         fail(f"--resume: {path} was trained on other data")
     if saved["step"] > steps:
-        fail(f"--resume: {path} has done {saved['step']} steps, more than {steps}; raise --epochs")
+        fail(f"--resume: {path} has done {saved['step']} steps, more than {steps}; train longer")
     model.load_state_dict(saved["weights"])
     for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
         optimiser.load_state_dict(state)
@@ -1072,7 +1070,7 @@ def describe_run(
 
 
 def as_png(save: Callable[..., Any], **options: Any) -> bytes:
-    """What a figure's or an image's method writes."""
+    """A figure's or image's save, as PNG bytes."""
     drawn = io.BytesIO()
     save(drawn, format="png", **options)
     return drawn.getvalue()
@@ -1087,7 +1085,7 @@ def save_figure(fig: Any, path: Path) -> None:
 
 
 def plot_curves(curves: dict[str, Any], floors: dict[str, float], title: str, path: Path) -> None:
-    """-ELBO, KL and decoder term against the step, bits/dim, a row for each model: train thin, validation bold.
+    """-ELBO, KL, decoder term, bits/dim, by step, a row for each model; train thin, valid bold, test dashed.
     floors: what -ELBO is held against, dotted, {label: value}. The highest early points may lie above the axes."""
     styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
     n = len(curves)
@@ -1141,7 +1139,7 @@ def evenly_spaced(x: Tensor, n: int) -> Tensor:
 
 
 def draw_image_figures(model: ImageVAE, test: Tensor, out: Path) -> None:
-    """Of 2a and 2b: 100 samples; interpolations of five test pairs, in z and in eps; reconstructions."""
+    """For 2a and 2b: 100 samples; five interpolations in z and, under a flow, eps; reconstructions."""
     x, mu = model.sample(100, fixed_noise("samples"))
     save_grid((quantise(mu), quantise(x)), 10, out / "samples.png")
     images = evenly_spaced(test, 10)
@@ -1201,7 +1199,7 @@ over images, the noise of one draw each included. "train": as many images as val
 
 ![curves](curves.png)
 
-The first {curves["examples"]:,} images of each split during training; dotted, the entropy of synthetic images. The
+The first {curves["examples"]:,} images of each split during training; dotted, for synthetic data, its entropy. The
 weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
 
 
@@ -1273,7 +1271,7 @@ class Parser(argparse.ArgumentParser):
         add("--latents", type=number(int, 1, 256), help="channels of z, 8 x 8 positions")
         add("--muon-lr", type=rate, help="peak learning rate of Muon; 0: Adam alone")
         add("--kl-warmup", type=rate, help="fraction of training in which the KL's weight rises to 1")
-        add("--handout", action="store_true", help="the handout's training: Adam at a constant 2e-4")
+        add("--handout", action="store_true", help="the handout's: batches of 32, Adam at 2e-4")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training; auto: the fastest")
         add("--evaluate", metavar="RUN", help=f"a checkpoint: no training; into OUT/{script}/evaluate")
         add("--samples", type=number(int, 0, 10**6), default=0, help="so many, as samples/0000.png, ...")
@@ -1339,7 +1337,7 @@ def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS)
     join_processes(device)
     if device == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
-    else:  # torch has no public question for this
+    else:  # private; bool() = False where missing
         checks = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
         native = any(check() for check in checks)
     if precision == "auto":

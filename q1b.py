@@ -49,20 +49,20 @@ def true_log_prob(x: Tensor, nodes: int = 1000) -> Tensor:
     t = (torch.arange(nodes, dtype=torch.float64) + 0.5) * math.pi / nodes
     arc = torch.stack([2 * torch.cos(t), -torch.sin(t)], 1)
     means = torch.cat([torch.tensor(CENTRES, dtype=torch.float64), arc])  # (2 + nodes, 2)
-    log_weights = torch.log(torch.tensor([1 / 3, 1 / 3] + [1 / (3 * nodes)] * nodes, dtype=torch.float64))
+    log_shares = torch.log(torch.tensor([1 / 3, 1 / 3] + [1 / (3 * nodes)] * nodes, dtype=torch.float64))
     chunks = []
     for some in x.cpu().double().split(2000):
         log_normal = -((some[:, None] - means) ** 2).sum(2) / (2 * STD**2) - math.log(2 * math.pi * STD**2)
-        chunks.append(torch.logsumexp(log_normal + log_weights, 1))  # (some, 2 + nodes) -> (some,)
+        chunks.append(torch.logsumexp(log_normal + log_shares, 1))  # (some, 2 + nodes) -> (some,)
     return torch.cat(chunks)
 
 
 def start_model() -> VAE:
-    """A model with an isotropic decoder, for a short run: where both models start.
+    """The isotropic model of the short run, from whose end both models start.
     What the first epochs do with the clusters stays: one that they tear apart is never mended, and a diagonal decoder
-    often lumps two together. So the short run charges for the code only by and by; and the decoder's weights from z2
-    start at 0: z1 is used first, and the clusters come to lie side by side along z1. A border between two is then a
-    line of constant z1, where the true posterior is nearly a product, as q(z|x) is."""
+    often lumps two together. So the short run charges for the code only gradually; and the decoder's weights from z2
+    start at 0: z1 is used first, and the clusters come to lie side by side along z1. At a border of constant z1 the
+    true posterior is nearly a product, as q(z|x) is."""
     model = VAE(GaussianMLP(HIDDEN, nn.ReLU), GaussianMLP(HIDDEN, nn.ReLU, 1), StandardNormal((2,)))
     with torch.no_grad():
         model.decoder.get_parameter("net.0.weight")[:, 1] = 0

@@ -45,7 +45,7 @@ True test images at both ends; between them µ(z) on a straight line in z.
 
 ![reconstructions](reconstructions.png)
 
-Test images; µ(z), the decoder's mean, at the posterior's mean z; x ~ p(x|z) of the same z.
+From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same z.
 """
 
 
@@ -65,11 +65,11 @@ def main(argv: list[str] | None = None) -> None:
         args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
         args.kl_warmup, args.seed, precision,
     )  # fmt: skip
+    about = {"script": "q2a", "args": vars(args)}
     _lock = core.claim(out, args.resume)  # until main returns
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)
     else:
-        about = {"script": "q2a", "args": vars(args)}
         curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
     # 3. Bounds, the check of the prior, lossless codecs.
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 4. Figures and report.
-    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
+    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" and not args.evaluate else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
     core.plot_curves({"": curves}, floor, f"2a: standard normal prior, {data.name}\n{bound}", out / "curves.png")
     core.draw_image_figures(model, test, out)

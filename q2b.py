@@ -64,7 +64,7 @@ def neighbour_correlation(z: Tensor) -> dict[str, float]:
 
 
 def paired(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Mean over images of after - before and its standard error, bits/dim, from [N] nats each on the same images."""
+    """after - before, [N] nats each, on the same images: mean and its standard error, bits/dim."""
     change = bits_per_dim(after - before, 3072)
     return {"bpd": change.mean().item(), "se_bpd": core.standard_error(change)}
 
@@ -127,7 +127,7 @@ def change_of(what: str, change: dict[str, float]) -> str:
 
 
 def comparison_text(found: dict[str, Any]) -> str:
-    """Does the prior make a difference, and why: the answer, the table, and what each experiment found."""
+    """Does the prior make a difference, and why: answer, table, experiments."""
     names = {"neg_elbo": "−ELBO", "kl": "KL term", "recon": "decoder term", "prior_alone": "KL term, flow on frozen 2a"}
     rows = "\n".join(f"| {names[k]} | {found[k]['bpd']:+.4f} ± {found[k]['se_bpd']:.4f} |" for k in names)
     kl, correlation = found["kl_bits"], found["correlation"]
@@ -135,7 +135,7 @@ def comparison_text(found: dict[str, Any]) -> str:
     return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It
 {change_of("the KL term", found["kl"])} and {change_of("the decoder term", found["recon"])}.
 
-| test, paired by image | change against 2a, bits/dim |
+| test, paired by image | 2b − 2a, bits/dim |
 |---|---|
 {rows}
 
@@ -144,7 +144,7 @@ two. 2a's own report comes from `q2a.py --resume`.
 
 ![comparison](experiments.png)
 
-**(i) A better prior, or better codes?** A flow fitted to the codes of 2a's frozen encoder (epochs:
+**(i) A better prior, or better codes?** A flow fitted to the codes of a frozen 2a (epochs:
 {found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}; a better flow could save more. Against
 this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from training all three together.
 
@@ -155,9 +155,10 @@ with r = N(0, I), and {kl["2a_fitted_flow"]:,.0f} with r the flow fitted to the 
 the image; they pay for codes that do not follow N(0, I). 2b's z tells at most {kl["2b"]:,.0f} bits; two upper bounds
 do not say whose z tells more.
 
-**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (mean over channels of
-absolute values); of ε, after the flow, by {after:.3f} (by chance: about {found["correlation_by_chance"]:.3f}). Below:
-samples x ~ p(x|z) of 2a (left), which decodes ε directly, and of 2b, which passes the same ε through the flow first.
+**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (mean over both sides
+and channels of absolute values); of ε, after the flow, by {after:.3f} (by chance: about
+{found["correlation_by_chance"]:.3f}). Below: samples x ~ p(x|z) of 2a (left), which decodes ε directly, and of 2b,
+which passes the same ε through the flow first.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)"""
 
@@ -187,7 +188,7 @@ True test images at both ends; between them µ(z) on a straight line: above in z
 
 ![reconstructions](reconstructions.png)
 
-Test images; µ(z), the decoder's mean, at the posterior's mean z; x ~ p(x|z) of the same z.
+From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same z.
 
 ## Does the autoregressive prior make a difference, and why?
 
@@ -200,7 +201,7 @@ Test images; µ(z), the decoder's mean, at the posterior's mean z; x ~ p(x|z) of
 
 def main(argv: list[str] | None = None) -> None:
     parser = core.Parser("q2b", images=True)
-    parser.add_argument("--compare", action="store_true", help="with 2a, which is trained too unless it is there")
+    parser.add_argument("--compare", action="store_true", help="with 2a, trained too if absent; not of --evaluate")
     args, out = core.parse_args(parser, argv, DEFAULTS, SMOKE)
     device, precision = core.choose_machine(args.device, args.precision)
     comparing = args.compare and not args.evaluate
@@ -221,11 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     path_2a = out.with_name("q2a") / "checkpoint.pt"
     if comparing:
         refuse_another_2a(path_2a, of_2a, data.describe()["sha256"])
+    about = {"script": "q2b", "args": vars(args)}
     _lock = core.claim(out, args.resume)  # until main returns
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)
     else:
-        about = {"script": "q2b", "args": vars(args)}
         curves = core.fit(model, splits, recipe, out / "checkpoint.pt", about, args.resume)
 
     # 3. Bounds, the check of the prior, lossless codecs.
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 4. Figures and report.
-    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" else {}
+    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" and not args.evaluate else {}
     bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
     core.plot_curves({"": curves}, floor, f"2b: flow prior, {data.name}\n{bound}", out / "curves.png")
     core.draw_image_figures(model, test, out)

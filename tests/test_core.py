@@ -215,8 +215,6 @@ def test_masks_are_literally_these_and_leave_the_weights_alone():
     assert core.causal_mask("A", 3).tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
     assert core.causal_mask("B", 3).tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
     assert core.causal_mask("A", 5)[2].tolist() == [1, 1, 0, 0, 0]
-    with pytest.raises(ValueError, match="mask_type"):
-        core.causal_mask("C", 3)
     conv = MaskedConv2d("A", 2, 2, 3)
     before = conv.weight.detach().clone()
     conv(torch.randn(1, 2, 4, 4))
