@@ -14,7 +14,7 @@ from torch import nn
 import core
 import q2a
 import q2b
-from conftest import ROOT, SCRIPTS, noise_file, refused, results, run, train
+from conftest import ROOT, SCRIPTS, noise_file, refused, results, run, tiny_networks, train
 
 SHORT = ["--data", "noise.npz", "--limit", "20", "--batch-size", "10", "--epochs", "1", "--latents", "2"]
 SHORT += ["--precision", "fp32", "--device", "cpu"]  # two steps
@@ -32,6 +32,7 @@ def steps(tmp_path, monkeypatch, undrawn):
 
     monkeypatch.chdir(Path(noise_file(tmp_path)).parent)
     monkeypatch.setattr("q1b.DRAWS_PER_POINT", 1000)
+    tiny_networks(monkeypatch.setattr)
     steps, step = SimpleNamespace(made=0, stop=None), core.train_step
     monkeypatch.setattr(core, "train_step", train_step)
     monkeypatch.setattr(core, "KEEP_SECONDS", -1)  # a checkpoint at each step
@@ -196,7 +197,8 @@ def train_still():
     return nn.utils.parameters_to_vector(model.parameters()).detach() - before
 
 
-TWO = """from test_resume import SHORT, core, q2a, torch, train_still
+TWO = """from test_resume import SHORT, core, q2a, tiny_networks, torch, train_still
+tiny_networks(setattr)
 core.draw_image_figures = lambda *_: None
 core.choose_machine("cpu")
 torch.save(train_still(), f"{core.rank_and_world()[0]}.pt")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import core
-from conftest import refused, train
+from conftest import refused, tiny_networks, train
 from core import FlowPrior, ImageVAE, StandardNormal, VAE, evaluate, fixed_noise
 
 
@@ -91,7 +91,8 @@ def test_an_epoch_sees_each_example_at_most_once_in_an_order_of_its_own():
     assert not torch.equal(epochs[0], epochs[1]) and len(torch.unique(torch.cat(epochs), dim=0)) > 90
 
 
-def test_batches_and_noise_belong_to_the_seed_and_the_step_so_that_2a_and_2b_train_on_the_same():
+def test_batches_and_noise_belong_to_the_seed_and_the_step_so_that_2a_and_2b_train_on_the_same(monkeypatch):
+    tiny_networks(monkeypatch.setattr)
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8).split([12, 2, 2])
     (x, noise, *_), (x2, noise2, *_), (x3, noise3, *_) = (
         given(ImageVAE(1, prior), dict(zip(core.SPLITS, images, strict=True)), epochs=2, batch_size=4, seed=seed)
