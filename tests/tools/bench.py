@@ -1,7 +1,6 @@
 """How many seconds of training it takes 2b to reach the bound that a plain recipe ends with, by recipe and seed.
 
-python tests/tools/bench.py           ->  results/bench/bench.json, report.md   (half an hour on two idle cores)
-python tests/tools/bench.py --short         a minute, to see that it works
+python tests/tools/bench.py  ->  results/bench/bench.json, report.md   (half an hour on two idle cores)
 """
 
 import argparse
@@ -101,21 +100,16 @@ seconds are those of training steps, without the evaluations, every ten steps; a
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--out", default="results/bench")
-    args = parser.parse_args()
-    device, precision = core.choose_machine(args.device, "auto")
-    data = core.load_images("synthetic", "", 48 if args.short else 4000, 0, q2b.DEFAULTS["batch_size"])
+    args, (device, precision) = parser.parse_args(), core.choose_machine("auto", "auto")
+    data = core.load_images("synthetic", "", 4000, 0, q2b.DEFAULTS["batch_size"])
     splits = {name: x.to(device) for name, x in data.splits.items()}
     usual = {key: q2b.DEFAULTS[key] for key in ("batch_size", "lr", "muon_lr")}
-    recipe = core.Recipe(1 if args.short else 3, **usual, schedule="trapezoid", precision=precision)
-    folder = Path(args.out)
-    metrics = core.describe_run("bench", args, data.describe(), device, precision)
-    metrics["bounds"] = times_to_bound(splits, device, recipe, 1 if args.short else 3)
+    recipe = core.Recipe(3, **usual, schedule="trapezoid", precision=precision)
+    folder, metrics = ROOT / "results" / "bench", core.describe_run("bench", args, data.describe(), device, precision)
+    metrics["bounds"] = times_to_bound(splits, device, recipe, seeds=3)
     folder.mkdir(parents=True, exist_ok=True)
-    core.write_whole(folder / "bench.json", (json.dumps(metrics, indent=1) + "\n").encode())
-    core.write_whole(folder / "report.md", report(metrics).encode())
+    (folder / "bench.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    (folder / "report.md").write_text(report(metrics), "utf-8")
     print(report(metrics))
 
 

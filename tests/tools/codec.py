@@ -1,7 +1,7 @@
 """The trained models as lossless codecs: test images into one file, back from it, and its size beside the bound.
 
     pip install constriction
-    python tests/tools/codec.py results/q2b --data FILE.npz --images 100 [--out FILE] [--json FILE]
+    python tests/tools/codec.py results/q2b --data FILE.npz --images 100  ->  results/q2b/codec.json, compressed.bin
 
 Bits-back coding (Townsend et al. 2019, arXiv:1901.04866), chained over the images on one stack of constriction's ANS
 coder. To push a symbol adds -log2 P(symbol) bits to the stack; to pop one takes as many away. For each image:
@@ -13,7 +13,7 @@ coder. To push a symbol adds -log2 P(symbol) bits to the stack; to pop one takes
 
 The first z is popped from random words of a fixed seed, the stack's start-up: part of the file, counted apart; they
 must come back when all is decoded. The file holds the number of images, then the stack's words, each a little-endian
-uint32. The weights are what both sides share.
+uint32. Both sides share the weights.
 
 z lies on a grid, SPACING apart in [-REACH, REACH]: about the least std that `core.bounded_log_std` lets q have, so that
 a finer grid gains nothing. constriction gives every symbol a probability of 2^-24 at least: with n symbols that costs
@@ -36,7 +36,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,12 +207,9 @@ def promise(model: core.VAE, images: Tensor, z: Tensor) -> core.Terms:
 
 def load_model(path: Path) -> tuple[core.VAE, argparse.Namespace]:
     """The trained model of a checkpoint, or of the run in a folder, on the CPU; and its arguments."""
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    saved = core.read_checkpoint(path)
-    if saved["script"] not in MODELS:
-        core.fail(f"{path}: a checkpoint of {saved['script']}, not of {', '.join(MODELS)}")
-    args = argparse.Namespace(script=saved["script"], **saved["args"])
-    model = MODELS[args.script](args)
+    saved = core.read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    args = argparse.Namespace(**saved["args"])
+    model = MODELS[saved["script"]](args)
     model.load_state_dict(saved["state"])
     return model, args
 
@@ -240,40 +236,25 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, help="of q2a.py, q2b.py or bonus.py; or the folder of a run")
     add("--data", default="svhn", help="as in the scripts")
-    add("--data-root", default="data", help="as in the scripts")
     add("--limit", type=core.number(int, 20, 10**9), help="as in the scripts")
     add("--images", type=core.number(int, 1, 10**6), default=10, help="how many of the first test images")
-    add("--out", type=Path, help="where the compressed images are kept (default: nowhere)")
-    add("--json", type=Path, help="where the numbers are kept (default: nowhere)")
     args = parser.parse_args(argv)
     if stream is None:
         core.fail("the entropy coder is missing: pip install constriction")
     model, trained = load_model(args.checkpoint)
-    data = core.load_images(args.data, args.data_root, args.limit, trained.seed, batch_size=0)
+    data = core.load_images(args.data, "data", args.limit, trained.seed, batch_size=0)
     images = data.splits["test"][: args.images]
-    if len(images) < args.images:
-        core.fail(f"--images {args.images}: the test split of {data.name} holds {len(images)}")
-
-    in_float64, start = copy.deepcopy(model).double(), time.monotonic()
+    in_float64, folder = copy.deepcopy(model).double(), args.checkpoint
+    folder = folder if folder.is_dir() else folder.parent
     file, started_with, k = encode(in_float64, images)
-    middle = time.monotonic()
-    if args.out:
-        core.write_whole(args.out, file)
-    try:
-        decoded = decode(in_float64, args.out.read_bytes() if args.out else file)
-    except (KeyError, ValueError) as error:  # KeyError: constriction's, of a z that q(z|x) cannot have drawn
-        core.fail(f"the file cannot be decoded: {error}", status=1)
-    encoding, decoding = (middle - start) / len(images), (time.monotonic() - middle) / len(images)
-    if not torch.equal(decoded, images):
+    core.write_whole(folder / "compressed.bin", file)
+    if not torch.equal(decode(in_float64, (folder / "compressed.bin").read_bytes()), images):
         core.fail("the decoded images differ from those encoded", status=1)
-
     found = compare(model, images, file, started_with, k)
-    print(f"{args.checkpoint}: the first {len(images)} test images of {data.name}, in bits/dim")
+    print(f"the first {len(images)} test images of {data.name}, {len(file):,} bytes, decoded exactly; in bits/dim:")
     print(*(f"{value:8.4f}  {name}" for name, value in found.items()), sep="\n")
-    print(f"{len(file):,} bytes, decoded exactly; {encoding:.2f} s to encode an image, {decoding:.2f} s to decode")
-    if args.json:
-        numbers = {"script": trained.script, "data": data.name, "images": len(images), "bits_per_dim": found}
-        core.write_whole(args.json, (json.dumps(numbers, indent=1) + "\n").encode())
+    numbers = {"data": data.name, "images": len(images), "bits_per_dim": found}
+    core.write_whole(folder / "codec.json", (json.dumps(numbers, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -46,17 +46,7 @@ def draw_1b(ax, folder):
     z = model.posterior(torch.from_numpy(points[:5000]).float(), core.fixed_noise("codes"))[0]
     for label, colour in enumerate(q1b.COLOURS):
         ax.scatter(*z.numpy()[labels[:5000] == label].T, s=4, linewidths=0, color=colour)
-    for radius in (1, 2, 3):
-        ax.add_patch(plt.Circle((0, 0), radius, fill=False, color="0.5", lw=0.8))
     ax.set(title="1B: latents of three clusters", aspect="equal", xticks=[], yticks=[])
-
-
-def image_model(folder):
-    """A run's trained model; its images were synthetic, so that they may be shown."""
-    model, args = codec.load_model(folder)
-    if args.data != "synthetic":
-        core.fail(f"{folder}: of {args.data}, whose images are not ours to show; use a run on synthetic")
-    return model, args
 
 
 def draw_images(ax, title, images):
@@ -74,14 +64,14 @@ def main():
     fig, axes = plt.subplots(2, 3, figsize=(9.2, 6.6), layout="constrained")
     draw_1a(axes[0, 0], folder)
     draw_1b(axes[0, 1], folder)
-    model, args = image_model(folder / "bonus")
+    model, args = codec.load_model(folder / "bonus")  # of synthetic images: others are not ours to show
     test = core.load_images("synthetic", "", args.limit, args.seed, batch_size=0).splits["test"][: COLUMNS**2]
     codes, _ = model.encoder(core.bin_centres(test[:COLUMNS]))
     draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
     draw_images(axes[0, 2], "bonus: images, 3 drawn from z each", torch.cat([test[:COLUMNS], *draws]))
     draw_images(axes[1, 0], "test images", test)
     for ax, script, title in ((axes[1, 1], "q2a", "2a: samples, N(0, I)"), (axes[1, 2], "q2b", "2b: samples, flow")):
-        x, _ = image_model(folder / script)[0].sample(COLUMNS**2, core.fixed_noise("samples"))
+        x, _ = codec.load_model(folder / script)[0].sample(COLUMNS**2, core.fixed_noise("samples"))
         draw_images(ax, title, core.quantise(x))
     core.save_figure(fig, ROOT / "results" / "published" / "front.png")
 
