@@ -61,17 +61,6 @@ def test_all_colours_of_a_pixel_sum_to_one(spread):
     assert not torch.allclose(wrong, log_p, atol=0.1)  # the order of the colours matters
 
 
-def test_a_mixture_that_is_uniform_over_the_levels_is_8_bits_per_dim():
-    """Two levels, each half of a logistic, are 1 bit. Of 256 under a very wide one, all but the ends are alike."""
-    params = torch.zeros(1, 100, 2, 2, dtype=torch.float64)
-    one_bit = mixture_log_prob(torch.randint(0, 2, (1, 3, 2, 2)), params, num_levels=2)
-    assert -bits_per_dim(one_bit, 12).item() == pytest.approx(1, abs=1e-12)
-    params[:, 40:70] = 1e4  # scales at their upper bound: e^3 on a range of 2
-    inside = math.log(2 * torch.sigmoid(torch.tensor(254 / 256 / math.exp(3)).double()).item() - 1)  # log P(1..254)
-    nats = mixture_log_prob(torch.randint(1, 255, (1, 3, 2, 2)), params).item() - 12 * inside
-    assert -bits_per_dim(nats, 12) == pytest.approx(math.log2(254), abs=1e-3)
-
-
 def test_samples_follow_log_prob():
     """Then the gradient of log P at samples has mean 0, for each of the mixture's 100 parameters."""
     params, n = mixture_params(0.4), 20_000
@@ -146,7 +135,7 @@ def test_neighbours_are_as_they_are_defined(n):
 
 @pytest.mark.parametrize("latents, prior", [(2, "flow"), (2, "normal"), (0, "flow")])
 def test_bound_is_a_code_length_of_the_levels(latents, prior):
-    """Another last pixel changes the last factor alone. Uniform noise costs 8 bits/dim and more, whatever the model."""
+    """Uniform noise costs 8 bits/dim and more, whatever the model."""
     model = LossyVAE(latents, 1, prior)
     nn.init.normal_(model.decoder.rest[-1].weight, 0, 0.05)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
@@ -158,11 +147,6 @@ def test_bound_is_a_code_length_of_the_levels(latents, prior):
         z, _, _ = model.posterior(x, fixed_noise("evaluation", 0, 0))
         params = model.decoder(x, model.decoder.features(z))
         assert torch.allclose(terms.recon, -mixture_log_prob(images, params).double(), rtol=1e-6)
-        other = images.clone()
-        other[..., -1, -1] += 100  # modulo 256
-        changed = model.log_p_x(model.to_x(other), z) - model.log_p_x(x, z)
-        factors = [mixture_log_prob(some[..., -1:, -1:], params[..., -1:, -1:]) for some in (images, other)]
-        assert torch.allclose(changed, factors[1] - factors[0], atol=1e-2) and (changed.abs() > 0.1).any()
 
 
 def test_training_minimises_the_bound_and_a_fading_term_that_sees_no_neighbours():

@@ -86,15 +86,3 @@ def test_images_come_back_exactly_in_as_many_bits_as_promised_and_nothing_else_d
     next(other.decoder.parameters()).data.mul_(1.001)
     with pytest.raises((KeyError, ValueError)):
         codec.decode(other, file)
-
-
-def test_z_lies_on_a_grid_that_costs_what_its_density_says():
-    prior = MODELS["2b"]().prior.double()
-    nn.init.normal_(prior.net[-1].weight)
-    known = codec.Known(torch.randint(-3000, 3000, (2, 8, 8), dtype=torch.int32))
-    with torch.no_grad():
-        codec.z_under_prior(prior, known)
-        expected = prior.log_prob(codec.SPACING * known.symbols[None].double()).item()
-    k, mean, std = (np.concatenate([question[part] for question in known.questions]) for part in (0, 2, 3))
-    log_density = -0.5 * ((k - mean) / std) ** 2 - np.log(std * math.sqrt(2 * math.pi) * codec.SPACING)
-    assert log_density.sum() == pytest.approx(expected, rel=1e-9) and mean.std() > 10

@@ -117,9 +117,8 @@ def test_svhn_is_downloaded_checked_and_split_by_a_fixed_permutation(tmp_path, m
     threading.Thread(target=server.serve_forever, daemon=True).start()
     train, valid, test = core.load_svhn(root)
     assert [len(train), len(valid)] == [36, 4] and np.array_equal(test, images(8))
-    assert same_images([*train, *valid], images(40)) and not np.array_equal(
-        valid, images(40)[36:]
-    )  # not the file's end
+    assert same_images([*train, *valid], images(40))
+    assert not np.array_equal(valid, images(40)[36:])  # not the file's end
     (root / "train_32x32.mat").write_bytes(b"broken")
     assert np.array_equal(core.load_svhn(root)[1], valid)  # fetched again
     (root / "train_32x32.mat").write_bytes(b"broken")
@@ -134,17 +133,12 @@ def test_synthetic_images_are_those_of_the_published_runs_however_many_are_drawn
     near = np.abs(x.reshape(-1)[::576_000].astype(int) - known) <= 2
     assert near.sum() >= 15  # of 16: another release of the fonts may move the edge of a digit
     assert all(map(np.array_equal, load("synthetic", limit=20)[1], np.split(x[:24], [20, 22])))
-    bits = [core.codec_bits_per_dim(torch.from_numpy(x[:300]).permute(0, 3, 1, 2), codec) for codec in ("PNG", "WebP")]
-    assert bits == pytest.approx([4.53, 3.40], rel=0.15)  # of 1,083 genuine images; below, of 1,295
-    assert x.mean((0, 1, 2)) == pytest.approx([114.8, 116.2, 122.6], abs=6)
-    assert x.std((0, 1, 2)) == pytest.approx([51.7, 53.0, 52.4], abs=6)
 
 
 def test_codecs_cost_of_noise_is_8_bits_or_more_and_a_lossy_one_is_refused():
     noise = torch.from_numpy(images(4).transpose(0, 3, 1, 2))
     for codec in ("PNG", "WebP"):
-        assert (
-            core.codec_bits_per_dim(torch.full_like(noise, 7), codec) < 0.5 < 8 <= core.codec_bits_per_dim(noise, codec)
-        )
+        flat, full = (core.codec_bits_per_dim(x, codec) for x in (torch.full_like(noise, 7), noise))
+        assert flat < 0.5 < 8 <= full
     with pytest.raises(ValueError, match="JPEG did not give back the image"):
         core.codec_bits_per_dim(noise, "JPEG")

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bonus
 import core
-import q2b
 from conftest import SCRIPTS, results, train
 
 FLAGS = {script: ["--limit", "20"] for script in SCRIPTS} | {key: ["--batch-size", "3600"] for key in ("q1a", "q1b")}
@@ -147,13 +146,3 @@ def test_a_step_of_2b_at_batch_16_has_at_most_750_operations(monkeypatch):
         with Operations():
             core.train_step(model, optimisers, x, "fp32")
         assert (count.total() > 750) == one_by_one and count["aten::_local_scalar_dense"] == 0, count.most_common()
-
-
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_gradients_of_the_flow_on_a_frozen_2a_lie_in_memory_as_its_weights_do(everywhere):
-    """Where channels are last in all of the model, as in a run's (see `train_step`). Control: in 2a alone."""
-    fitted = q2b.with_fitted_flow(core.ImageVAE(2, core.StandardNormal).to(memory_format=last))
-    fitted = fitted.to(memory_format=last) if everywhere else fitted
-    weights = list(fitted.prior.parameters())
-    gradients = torch.autograd.grad(fitted.loss(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), weights)
-    assert all(g.stride() == p.stride() for g, p in zip(gradients, weights, strict=True)) == everywhere

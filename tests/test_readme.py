@@ -48,6 +48,18 @@ def test_published_reports_are_what_todays_code_makes_of_the_published_metrics(p
     assert path.read_text("utf-8") == publish.report_of(path.parent)
 
 
+def test_of_data_that_are_not_ours_nothing_is_published_that_shows_them(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "PUBLISHED", tmp_path)
+    safe = {"metrics.json", "curves.png", "samples.png", "experiments.png", "samples_2a_2b.png"}
+    for images in (False, True):  # with a control
+        for script in ("q2a", "q2b", "bonus"):
+            publish.publish(smoke[0] / script, images)
+            (folder,) = tmp_path.glob(f"{script}_*")
+            found = {path.name for path in folder.iterdir()}
+            assert (found <= safe) != images and found >= {"metrics.json", "curves.png", "samples.png"}
+            assert str(smoke[0]) not in (folder / "metrics.json").read_text("utf-8")
+
+
 @pytest.mark.parametrize(("name", "short"), publish.TABLES.items())
 def test_tables_are_those_of_the_published_runs(name, short):
     assert publish.cut_out((ROOT / name).read_text("utf-8"), short)[1] == publish.table(short)

@@ -1,13 +1,13 @@
 """Copy a finished run into results/published, and write the tables of README.md and results/README.md from there.
 
-python tests/tools/publish.py results/q2b                  metrics.json, report.md, all figures and codec.json
-python tests/tools/publish.py results/q2b --no-images      of data that are not ours to publish: no report, and only
-                                                           those figures that show no image of the data
-python tests/tools/publish.py results/q2b --metrics-only   of further seeds: metrics.json alone
-python tests/tools/publish.py --reports                    nothing new: published reports by today's code, and tables
+python tests/tools/publish.py results/q2b               metrics.json, report.md, all figures and codec.json
+python tests/tools/publish.py results/q2b --no-images   of data that are not ours to publish: no report, and only those
+                                                        figures that show no image of the data
+python tests/tools/publish.py                           nothing new: published reports by today's code, and tables
 
-A published run of the same name gives way to it. After `pip install pillow-jxl-plugin`, lossless JPEG XL (effort 9) of
-the first 1,000 test images is measured too, once per data set: into jpeg_xl.json, by the data's SHA-256.
+A published run of the same name gives way to it. Of a seed other than 0, metrics.json alone is published. After
+`pip install pillow-jxl-plugin`, lossless JPEG XL (effort 9) of the first 1,000 test images is measured too, once per
+data set: into jpeg_xl.json, by the data's SHA-256.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tools import bench  # noqa: E402
 
 PUBLISHED = ROOT / "results" / "published"
 SCRIPTS = ("q1a", "q1b", "q2a", "q2b", "bonus")
-SHOW_DATA = ("interpolations.png", "reconstructions.png", "lossy.png", "neighbours.png")
+SHOW_NO_DATA = ("curves.png", "samples.png", "experiments.png", "samples_2a_2b.png")
 UNSAID = ("out", "device", "smoke", "evaluate", "samples", "data_root", "resume")  # flags that change no number
 FURTHER = {"compare": False, "table_epochs": None}  # flags that add trainings, and their defaults
 COLUMNS = {  # of results/README.md, which has every published run
@@ -65,24 +65,21 @@ def folder_name(metrics):
     return "_".join(str(part) for part in parts if part)
 
 
-def publish(folder, images=True, metrics_only=False):
+def publish(folder, images=True):
     """Copy a run's folder to where it belongs."""
     metrics = read(folder / "metrics.json")
     measure_jpeg_xl(metrics)
     args = metrics["args"]
-    args |= {name: usual for name, usual in (("out", "results"), ("data_root", "data")) if name in args}
-    if "data" in args:
-        args["data"] = Path(args["data"]).name  # folders are nobody's business
+    args |= {
+        name: Path(args[name]).name for name in ("out", "data_root", "data") if name in args
+    }  # folders are private
     target = PUBLISHED / folder_name(metrics)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     write(target / "metrics.json", metrics)
-    if not metrics_only:
-        if images:
-            write_report(target)
-        for path in [*sorted(folder.glob("*.png")), *folder.glob("codec.json")]:
-            if images or path.name not in SHOW_DATA:
-                shutil.copy(path, target)
+    for path in [*folder.glob("*.png"), *folder.glob("codec.json"), *folder.glob("report.md")]:
+        if args["seed"] == 0 and (images or path.name in (*SHOW_NO_DATA, "codec.json")):
+            shutil.copy(path, target)
     print(f"published as {target}:", *sorted(path.name for path in target.iterdir()))
 
 
@@ -103,10 +100,6 @@ def report_of(folder):
         return bench.report(read(folder / "bench.json"))
     metrics = read(folder / "metrics.json")
     return importlib.import_module(metrics["script"]).report(metrics)
-
-
-def write_report(folder):
-    (folder / "report.md").write_text(report_of(folder), "utf-8")
 
 
 def published():
@@ -210,15 +203,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="results/<script> of a finished run")
     parser.add_argument("--no-images", action="store_true")
-    parser.add_argument("--metrics-only", action="store_true")
-    parser.add_argument("--reports", action="store_true")
     args = parser.parse_args()
     if args.folder:
-        if not (args.folder / "metrics.json").exists():
-            parser.error(f"{args.folder}: no finished run, as there is no metrics.json")
-        publish(args.folder, not args.no_images, args.metrics_only)
-    for report in PUBLISHED.glob("*/report.md") if args.reports else ():
-        write_report(report.parent)
+        publish(args.folder, not args.no_images)
+    for report in PUBLISHED.glob("*/report.md"):
+        report.write_text(report_of(report.parent), "utf-8")
     for name, short in TABLES.items():
         before, _, after = cut_out((ROOT / name).read_text("utf-8"), short)
         (ROOT / name).write_text(before + table(short) + after, "utf-8")
