@@ -70,9 +70,8 @@ def publish(folder, images=True):
     metrics = read(folder / "metrics.json")
     measure_jpeg_xl(metrics)
     args = metrics["args"]
-    args |= {
-        name: Path(args[name]).name for name in ("out", "data_root", "data") if name in args
-    }  # folders are private
+    for name in args.keys() & {"out", "data_root", "data"}:
+        args[name] = Path(args[name]).name  # folders are nobody's business
     target = PUBLISHED / folder_name(metrics)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -171,9 +170,8 @@ def rows(short=False):
             row |= {key: f"{statistics.mean(f[f'{key}_bpd'] for f in bounds):.4f}" for key in ("kl", "recon")}
             known = {"floor": f"true density {bounds[0]['floor_bpd']:.4f}"} if plane else references(first)
             if short and not plane:
-                if not row["data"].endswith(SHORT_DATA) or {"lr", "muon_lr", "handout", "precision"} & set(
-                    flags(first)
-                ):
+                other_recipe = {"lr", "muon_lr", "handout", "precision"} & set(flags(first))
+                if other_recipe or not row["data"].endswith(SHORT_DATA):
                     continue
                 row["data"] = "4,000 synthetic images"
                 known = {name: text for name, text in known.items() if name in ("JPEG XL", "entropy")}
