@@ -3,12 +3,14 @@
 import importlib
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import core
@@ -217,6 +219,21 @@ def test_two_processes_train_as_one_and_write_each_file_once(tmp_path, monkeypat
     step = core.train_step  # control: one process's share of each batch, without the other's
     monkeypatch.setattr(core, "train_step", lambda a, b, x, *more: step(a, b, x[::2], *more))
     assert (train_still() - one).norm() > 1e-2 * one.norm()
+
+
+def test_processes_wait_two_hours_for_each_other_and_have_a_gpu_each(monkeypatch, capsys):
+    joined, gpus = [], []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: joined.append((backend, timeout)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    core.join_processes("cpu")
+    core.join_processes("cuda")
+    assert joined == [("gloo", timedelta(hours=2)), ("nccl", timedelta(hours=2))] and gpus == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    refused(capsys, lambda: core.join_processes("cuda"), "more processes than the 2 GPUs", "--nproc_per_node")
 
 
 def test_processes_share_a_batch_draw_noise_of_their_own_and_one_writes(tmp_path, monkeypatch, capsys):

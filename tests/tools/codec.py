@@ -56,7 +56,7 @@ stream = importlib.import_module("constriction").stream if importlib.util.find_s
 SPACING, REACH, WINDOW = 2.0**-10, 16, 6
 LAST = round(REACH / SPACING)  # z = SPACING k with k = -LAST..LAST
 LEVEL_0, LEVEL_STEP = 0.5 / core.PIXEL_SCALE - 1, 1 / core.PIXEL_SCALE  # centre and width of a level's bin
-MODELS: dict[str, Callable[[argparse.Namespace], core.VAE]] = {
+MODELS: dict[str, Callable[[Any], core.VAE]] = {
     "q2a": lambda args: core.ImageVAE(args.latents, core.StandardNormal),
     "q2b": lambda args: core.ImageVAE(args.latents, core.FlowPrior),
     "bonus": lambda args: bonus.LossyVAE(args.latents, args.receptive_field, args.prior),
@@ -108,18 +108,15 @@ def z_under_posterior(model: core.VAE, levels: Tensor) -> list[Any]:
 
 
 def levels_given_z(model: core.VAE, z: Tensor, ask: Ask) -> Tensor:
-    """Ask for the levels under P(levels|z) -> int32 [3, 32, 32]. z float64 [1, C, 8, 8]."""
-    if isinstance(model, bonus.LossyVAE):
-        return levels_of_pixelcnn(model.decoder, z, ask)
-    mu, log_std = model.decoder(z)
-    symbols = ask(..., stream.model.QuantizedGaussian(0, 255), *in_bins(mu, log_std, LEVEL_0, LEVEL_STEP))
-    return torch.from_numpy(symbols).view(3, 32, 32)
+    """Ask for the levels under P(levels|z) -> int32 [3, 32, 32]. z float64 [1, C, 8, 8].
 
-
-def levels_of_pixelcnn(net: bonus.LocalPixelCNN, z: Tensor, ask: Ask) -> Tensor:
-    """`levels_given_z` of the bonus, one wavefront of pixels after the other, as in LocalPixelCNN.sample."""
-    features, x = net.features(z), z.new_zeros(1, 3, 32, 32)
-    levels = torch.zeros(3, 32, 32, dtype=torch.int32)
+    The bonus's wavefronts come one after the other, as in LocalPixelCNN.sample.
+    """
+    if not isinstance(model, bonus.LossyVAE):
+        bins = in_bins(*model.decoder(z), LEVEL_0, LEVEL_STEP)
+        return torch.from_numpy(ask(..., stream.model.QuantizedGaussian(0, 255), *bins)).view(3, 32, 32)
+    net, x, levels = model.decoder, z.new_zeros(1, 3, 32, 32), torch.zeros(3, 32, 32, dtype=torch.int32)
+    features = net.features(z)
     for i, j in bonus.wavefronts(net.receptive_field + 1):
         params = net.at(x, features[:, :, i, j], i, j)  # (1, 10 K, P, 1)
         found = colours_of_mixture(params, lambda colour, *d, i=i, j=j: ask((colour, i[:, 0], j[:, 0]), *d))
