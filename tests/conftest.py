@@ -47,16 +47,15 @@ def train(model, splits, **changes):
 
 
 class TinyEncoder(core.ConvEncoder):
-    def __init__(self, latent_channels):
+    def __init__(self, channels):
         nn.Module.__init__(self)
-        layers = nn.Conv2d(3, 16, 4, 4), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()
-        self.net = nn.Sequential(*layers, nn.Conv2d(16, 2 * latent_channels, 1))
+        self.net = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 2 * channels, 1))
 
 
 class TinyDecoder(core.ConvDecoder):
-    def __init__(self, latent_channels, out_channels=6):
+    def __init__(self, channels, out_channels=6):
         nn.Module.__init__(self)
-        self.net = nn.Sequential(nn.ConvTranspose2d(latent_channels, out_channels, 4, 4))
+        self.net = nn.Sequential(nn.ConvTranspose2d(channels, out_channels, 4, 4))
 
 
 def tiny_networks(setattr_):

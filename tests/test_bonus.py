@@ -80,21 +80,6 @@ def test_samples_follow_log_prob():
         assert off(other) > 6, k
 
 
-def test_colours_see_each_other_in_the_order_r_g_b():
-    params, blue = mixture_params(), torch.arange(16)
-    logits, mu, log_scale, _ = bonus.split_params(params)
-
-    def p_of(r, g):  # log p(R, G): a joint, from which blue is summed out on 16 levels
-        levels = torch.stack([torch.full((16,), r), torch.full((16,), g), blue], 1).reshape(16, 3, 1, 1)
-        return torch.logsumexp(mixture_log_prob(levels, params.expand(16, -1, -1, -1), 16), 0)
-
-    green, other = (torch.stack([p_of(r, g) for g in range(16)]) for r in (5, 12))
-    red = logistic_log_prob(torch.tensor(5), mu[0, :, 0, 0, 0], log_scale[0, :, 0, 0, 0], 16)
-    log_p_red = torch.logsumexp(torch.log_softmax(logits, 1)[0, :, 0, 0] + red, 0)
-    assert torch.logsumexp(green, 0).item() == pytest.approx(log_p_red.item(), abs=1e-9)  # R depends on no other colour
-    assert not torch.allclose(green.softmax(0), other.softmax(0), atol=0.01)  # control: G does depend on R
-
-
 def seen_by(net, row, column):
     """Which pixels a pixel's parameters depend on, and whether they depend on the code."""
     x, z = (torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 3, 32, 32), (1, 2, 8, 8)))

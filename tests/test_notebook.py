@@ -38,21 +38,18 @@ def kernel(tmp_path, monkeypatch):
         yield run
 
 
-def test_a_pasted_script_waits_for_main_which_may_be_called_again(kernel):
+def test_a_pasted_script_waits_for_main_and_percent_run_and_an_exclamation_mark_run_it(kernel):
     assert kernel("%%writefile core.py\n" + (ROOT / "core.py").read_text("utf-8"))[2] == []
     printed, _, errors = kernel((ROOT / "q1a.py").read_text("utf-8"))
     assert "--epochs" not in printed and not errors
     for _ in range(2):
         printed, figures, errors = kernel('main(["--smoke"])')
         assert "wrote results" in printed and figures == 3 and not errors
-    printed, _, errors = kernel('main(["--epoch", "1"])')
-    assert errors == ["SystemExit"] and "unrecognized arguments: --epoch" in printed
-
-
-def test_percent_run_and_an_exclamation_mark(kernel):
     printed, figures, errors = kernel("%run q2a.py --smoke")
     assert "wrote results" in printed and figures == 4 and not errors
     assert "wrote results/smoke/q1a/report.md" in kernel("!python q1a.py --smoke")[0]
+    printed, _, errors = kernel('main(["--epoch", "1"])')
+    assert errors == ["SystemExit"] and "unrecognized arguments: --epoch" in printed
 
 
 def test_an_interrupt_leaves_the_kernel_usable_and_resume_goes_on(kernel):

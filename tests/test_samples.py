@@ -141,10 +141,3 @@ def test_a_grid_shows_every_image_of_every_panel_two_dots_a_pixel_in_rows(stacke
             shown = picture[y : y + 64, x : x + 64]
             assert np.array_equal(shown[::2, ::2], image.permute(1, 2, 0)) and np.array_equal(shown[::2], shown[1::2])
     assert (picture == 255).all(2).sum() == picture[..., 0].size - 10 * 64 * 64  # and nothing else
-
-
-def test_single_images_are_written_in_their_order_from_a_number_on(tmp_path):
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    core.write_images(images, tmp_path / "samples", 99)
-    for path, image in zip(("0099.png", "0100.png", "0101.png"), images, strict=True):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / path)), image.permute(1, 2, 0))

@@ -57,9 +57,6 @@ def test_metrics_are_finite_a_bound_is_its_two_terms_and_curves_end_where_it_lie
         if script in IMAGES:  # so few images that a point of a curve sees all of validation and test
             for split, key in ((split, key) for split in core.SPLITS for key in core.CURVE_KEYS):
                 assert curves[split][key][best] == pytest.approx(metrics["final"][split][key], abs=1e-5)
-            head, *rows = (smoke[0] / script / "curves.csv").read_text().splitlines()
-            column = head.split(",").index("test_kl_bpd")
-            assert [float(row.split(",")[column]) for row in rows] == curves["test"]["kl_bpd"]
 
 
 def test_2b_is_compared_with_2a_and_the_bonus_with_no_code_on_the_same_images(smoke):
@@ -76,7 +73,6 @@ def test_2b_is_compared_with_2a_and_the_bonus_with_no_code_on_the_same_images(sm
     assert "going on from" in smoke[1]["q2b"] and "\n2a  epoch" not in smoke[1]["q2b"]  # 2a had been trained
     without, bound = lossy["no_code"], lossy["final"]["test"]["neg_elbo_bpd"]
     assert without["kl_bpd"] == 0 and without["above_bpd"] == pytest.approx(without["neg_elbo_bpd"] - bound, abs=1e-6)
-    assert [row["receptive_field"] for row in lossy["receptive_fields"]] == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ --evaluate, --samples
@@ -109,18 +105,20 @@ def test_evaluate_measures_the_trained_model_on_other_images_and_trains_nothing(
 
 @pytest.mark.parametrize("script", ("q2a", "bonus"))
 def test_of_more_than_a_hundred_samples_no_two_are_alike(smoke, script, tmp_path, undrawn, monkeypatch):
-    keys = []
+    drawn = {}
 
     def draw_levels(model, z, *key, same=False):  # in place of pixels drawn one after the other, what they depend on
-        keys.append(key)
-        return core.quantise(z.flatten(1).repeat(1, 12).view(-1, 3, 32, 32) / 3)
+        assert key not in drawn
+        drawn[key] = core.quantise(z.flatten(1).repeat(1, 12).view(-1, 3, 32, 32) / 3)
+        return drawn[key]
 
     monkeypatch.setattr(bonus.LossyVAE, "draw_levels", draw_levels)
     flags = ["--evaluate", str(smoke[0] / script), "--out", str(tmp_path), "--device", "cpu", "--samples", "205"]
     importlib.import_module(script).main(flags)
     paths = sorted((tmp_path / script / "evaluate/samples").iterdir())
     assert [path.name for path in paths] == [f"{k:04d}.png" for k in range(205)]
-    assert len({np.asarray(Image.open(path)).tobytes() for path in paths}) == 205 and len(keys) == len(set(keys))
+    images = torch.from_numpy(np.stack([Image.open(path) for path in paths])).permute(0, 3, 1, 2)
+    assert len(images.unique(dim=0)) == 205 and (script == "q2a" or torch.equal(images, torch.cat([*drawn.values()])))
 
 
 # ------------------------------------------------------------------------------------------------ flags, notebook cells

@@ -16,13 +16,11 @@ must come back when all is decoded. The file holds the number of images, then th
 uint32. Both sides share the weights.
 
 z lies on a grid, SPACING apart in [-REACH, REACH]: about the least std that `core.bounded_log_std` lets q have, so that
-a finer grid gains nothing. constriction gives every symbol a probability of 2^-24 at least: with n symbols that costs
-n / 2^24 / ln 2 bits each time, under p(z) 0.001 bits/dim with 16 channels, for 256 levels 0.00002. What is less likely
-than 2^-24 gains by it. q is offered only the grid within WINDOW std of its mean.
+a finer grid gains nothing. constriction gives every symbol a probability of 2^-24 at least, which costs 0.001 bits/dim
+under p(z) with 16 channels. q is offered only the grid within WINDOW std of its mean.
 
 2a and 2b learn the density of dequantised levels. Here their normal is integrated over each level's bin, the first and
-the last with the tails, and q sees bin centres: fewer bits than the bound by dequantisation, a little by Jensen, and
-where images are clipped at 0 or 255 much more by the tails.
+the last with the tails, and q sees bin centres: fewer bits than the bound by dequantisation.
 
 Both sides must compute the same numbers to the last bit. So they share one walk through p(z) and one through
 P(levels|z): in float64, one image at a time, in the same shapes and order, zeros where nothing is decoded yet; with
