@@ -64,6 +64,7 @@ def test_all_colours_of_a_pixel_sum_to_one(spread):
 def test_samples_follow_log_prob():
     """Then the gradient of log P at samples has mean 0, for each of the mixture's 100 parameters."""
     params, n = mixture_params(0.4), 20_000
+    params[:, 10:40].clamp_(-0.8, 0.8)  # away from the ends, where a scale hardly matters
     params[:, 40:70] -= 1.5  # scales of about two levels
     u = torch.rand(n, 13, 1, 1).double() + 2.0**-25
 

@@ -124,7 +124,7 @@ import core, q1a
 core.KEEP_SECONDS, core.save_figure = -1, lambda fig, path: core.plt.close(fig)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def start(*flags):
-    flags = ["--smoke", "--epochs", "4", "--batch-size", "900", *flags]
+    flags = ["--smoke", "--epochs", "3", "--batch-size", "900", *flags]
     child = multiprocessing.get_context("fork").Process(target=core.launch, args=[lambda: q1a.main(flags)])
     child.start()
     return child
@@ -132,7 +132,7 @@ status = lambda child: child.join() or child.exitcode
 begin = time.monotonic()
 assert status(start("--out", "whole")) == 0
 seconds, ends = time.monotonic() - begin, []
-for k in range(8):
+for k in range(6):
     child = start(*["--resume"] * (k > 0))
     child.join(random.uniform(0.02, 0.2) * seconds)
     child.kill()
