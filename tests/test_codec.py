@@ -22,7 +22,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.from_numpy(core.make_synthetic((3,))[0]).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(core.make_synthetic((2,))[0]).permute(0, 3, 1, 2).contiguous()
 
 
 @pytest.fixture(scope="module", params=MODELS)

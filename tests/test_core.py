@@ -32,8 +32,6 @@ def test_standard_normal_is_n01_and_its_kl_to_itself_is_zero():
     z, prior = torch.randn(7, 3, 2, dtype=torch.float64), StandardNormal((3, 2))
     expected = Normal(0.0, 1.0).log_prob(z).sum((1, 2))
     assert torch.allclose(prior.log_prob(z), expected, rtol=1e-12)
-    samples = prior.sample(20_000, fixed_noise(3))
-    assert samples.shape == (20_000, 3, 2) and samples.mean().abs() < 0.02 and (samples.var() - 1).abs() < 0.02
     for log_std, right in ((0.0, True), (0.5, False)):  # control: a log-variance of 1 where 0 is meant
         encoder = Call(lambda x, log_std=log_std: (torch.zeros_like(x), torch.full_like(x, log_std)))
         kl = evaluate(VAE(encoder, Call(lambda z: (z, z)), StandardNormal((2,))), torch.randn(50, 2)).kl

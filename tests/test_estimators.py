@@ -212,3 +212,12 @@ def test_2b_is_compared_with_2a_term_by_term_and_the_noise_of_its_codes_is_white
     for name in ("2a: z", "2b: ε"):
         assert np.mean(list(correlation[name].values())) == pytest.approx(chance, rel=0.75), name
     assert min(correlation["2b: z"].values()) > 3 * chance  # control
+
+
+@pytest.mark.parametrize("change, words", [
+    (-0.3, "lowers it by 0.3000 ± 0.0100"), (0.3, "raises it by 0.3000 ± 0.0100"),
+    (-0.019, "does not measurably change it (-0.0190 ± 0.0100)"), (0.019, "does not measurably change it (+0.0190"),
+    (0.021, "raises it"), (-0.021, "lowers it"), (0.0, "does not measurably change it"),
+])  # fmt: skip
+def test_a_changes_words_follow_its_sign_and_two_standard_errors(change, words):
+    assert q2b.change_of("it", {"bpd": change, "se_bpd": 0.01}).startswith(words)

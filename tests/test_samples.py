@@ -131,9 +131,7 @@ def test_a_grid_shows_every_image_of_every_panel_two_dots_a_pixel_in_rows(stacke
     panels = torch.randint(0, 250, (2, 5, 3, 32, 32), dtype=torch.uint8)
     core.save_grid(panels, 3, tmp_path / "grid.png", stacked)
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    height, width = (
-        size // (2 if here else 1) for size, here in zip(picture.shape, (stacked, not stacked), strict=False)
-    )
+    height, width = picture.shape[0] // (1 + stacked), picture.shape[1] // (2 - stacked)
     for p, panel in enumerate(panels):
         for k, image in enumerate(panel):
             y = 2 * (8 + 1 + 33 * (k // 3)) + p * height * stacked  # 8 of margin, then images with lines of 1 between

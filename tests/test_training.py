@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import core
+import q2b
 from conftest import refused, tiny_networks, train
 from core import FlowPrior, ImageVAE, StandardNormal, VAE, evaluate, fixed_noise
 
@@ -190,3 +191,14 @@ def test_a_curve_is_of_a_360th_of_what_is_trained_on_and_of_the_same_examples_af
         curves = train(point_model(), splits, **options)
         at_first = core.in_bits(evaluate(point_model(), splits["valid"][:examples]), 2)["neg_elbo_bpd"]
         assert curves["examples"] == examples and curves["valid"]["neg_elbo_bpd"][0] == at_first
+
+
+def test_the_flow_that_is_fitted_to_2a_is_all_that_learns_and_2a_stays_as_it_is():
+    a = ImageVAE(2, StandardNormal)
+    before = {k: v.clone() for k, v in a.state_dict().items()}
+    fitted, images = q2b.with_fitted_flow(a), torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    train(fitted, dict.fromkeys(core.SPLITS, images), epochs=1, batch_size=4, lr=0.01, muon_lr=0.01)
+    after = fitted.state_dict()
+    assert all(torch.equal(after[k], v) and torch.equal(a.state_dict()[k], v) for k, v in before.items())
+    assert fitted.prior.net[-1].weight.abs().max() > 0  # the flow has learnt
+    assert all(p.requires_grad for p in a.parameters()) and isinstance(a.prior, StandardNormal)

@@ -23,7 +23,6 @@ import q2b  # noqa: E402
 
 RECIPES = {  # of training 2b; what is not said is as the script has it
     "plain: the handout's Adam": dict(**core.HANDOUT, schedule="constant"),
-    "earlier: Adam, one cycle": dict(batch_size=32, lr=1e-3, muon_lr=0.0, schedule="one-cycle"),
     "new: Muon and Adam": {},
 }
 
