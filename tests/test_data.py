@@ -142,3 +142,11 @@ def test_codecs_cost_of_noise_is_8_bits_or_more_and_a_lossy_one_is_refused():
         assert flat < 0.5 < 8 <= full
     with pytest.raises(ValueError, match="JPEG did not give back the image"):
         core.codec_bits_per_dim(noise, "JPEG")
+
+
+def test_a_wall_without_tint_and_light_has_the_laws_colours():
+    scenes = {name: torch.zeros_like(x) for name, x in core.draw_scenes(2, torch.Generator()).items()}
+    scenes["z_wall"][1] = 1.0
+    picture = core.render(scenes | {"u_left": torch.ones(2), "u_right": torch.ones(2)}, core.digit_atlas())
+    assert picture[0, :, 0, 0].tolist() == pytest.approx([115, 116, 123], abs=1e-3)
+    assert picture[1, :, 0, 0].tolist() == pytest.approx([150, 151, 158], abs=1e-3)
