@@ -1101,7 +1101,8 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, float], title: str, pa
                 ax.axhline(value, ls=":", color="k", label=label)
             margin = 0.06 * (high - low) + 1e-3
             ax.set(title=f"{name} {term}", xlabel="step", ylabel="bits/dim", ylim=(low - margin, high + margin))
-            ax.set_xscale("symlog", linthresh=max(1, curve["step"][-1] / 100))
+            if curve["step"][-1]:
+                ax.set_xscale("log", nonpositive="mask")
         row[0].legend(fontsize=7)
     fig.suptitle(title, wrap=True)
     save_figure(fig, path)

@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 3. Figures and report.
-    nats = floors["test"][: curves["diagonal"]["examples"]].mean().item()  # of the points of the curves
+    nats = floors["test"][: curves["diagonal"]["examples"]].mean().item()
     core.plot_curves(curves, {"test: true density": bits_per_dim(nats, 2)}, "1B", out / "curves.png")
     samples = {name: model.sample(5000, core.fixed_noise("samples")) for name, model in models.items()}
     plot_samples(samples, data.splits["test"], final, out / "samples.png")

@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         core.fit(model_a, splits, recipe, path_2a, {"script": "q2a", "args": of_2a}, resume=True, name="2a")
         torch.manual_seed(args.seed)
         fitted = with_fitted_flow(model_a).to(device).to(memory_format=torch.channels_last)
-        epochs = math.ceil(args.epochs / 3)  # a choice: a longer fit could lower the KL further
+        epochs = math.ceil(args.epochs / 3)  # a choice
         path = out / f"flow_on_2a_of_{args.epochs}_epochs.pt"
         core.fit(fitted, splits, replace(recipe, epochs=epochs, kl_warmup=None), path, about, args.resume, "flow on 2a")
         metrics["against_2a"] = compare(model_a, fitted, model, test, of_test) | {"prior_alone_epochs": epochs}
