@@ -1188,15 +1188,15 @@ images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8, traine
 ## 1. The bound on train, validation and test
 
 **A test image costs at most {metrics["final"]["test"]["neg_elbo_bpd"]:.3f} bits/dim, on average.** A uniform guess
-costs 8. Lossless files of the first test images (1,000 at most), headers and all: {codecs}.
+costs 8. Lossless files of up to 1,000 test images, headers and all, in bits/dim: {codecs}.
 
 | split | −ELBO, bits/dim | KL term | decoder term |
 |---|---|---|---|
 {rows}
 
 Upper bounds on the code length of the 8-bit images, in fp32; −ELBO is the sum of the two terms. ± is one standard error
-over images, the noise of one draw each included. "train": as many images as validation has. The prior's log p(z) is
-{gap:.1g} nats from what autograd gives (0 up to rounding).{verdict}
+over images, the noise of one draw each included. Train: its first images, as many as validation has. Check of the
+prior: its log p(z) is {gap:.1g} nats from autograd's (0 up to rounding).{verdict}
 
 ![curves](curves.png)
 

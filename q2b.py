@@ -165,7 +165,7 @@ which passes the same ε through the flow first.
 
 def report(metrics: dict[str, Any]) -> str:
     """The handout's deliverables in its order, every number from metrics."""
-    comparison = "Not compared: `python q2b.py --resume --compare` does, and trains 2a for it, but not 2b again."
+    comparison = "Not compared. `python q2b.py --resume --compare` trains 2a, but not 2b again, and compares."
     if "against_2a" in metrics:
         comparison = comparison_text(metrics["against_2a"])
     return f"""# 2b: the same VAE with an autoregressive flow prior
