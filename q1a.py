@@ -199,7 +199,7 @@ def plot_evidence(models: dict[str, VAE], tests: dict[str, Tensor], final: dict[
         x, kl = tests[name][:3000], final[name]["kl_per_latent_bits"]
         latent = int(np.argmax(kl))
         colours = model.encoder(x)[0][:, latent].numpy()
-        shown = above.scatter(*x.numpy().T, c=colours, s=3, linewidths=0, cmap="viridis")
+        shown = above.scatter(*x.numpy().T, c=colours, s=3, linewidths=0, vmin=-3, vmax=3)
         plt.colorbar(shown, ax=above, label=f"mean of z{'₁₂'[latent]}", shrink=0.8)
         above.set_title(f"{name}\nz{'₁₂'[latent]} costs {kl[latent]:.2f} bits", fontsize=10)
         mu, log_std = model.decoder(model.prior.sample(12, core.fixed_noise("ellipses")))
