@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         args.kl_warmup, args.seed, precision,
     )  # fmt: skip
     about = {"script": "bonus", "args": vars(args)}
-    _lock = core.claim(out, args.resume)  # until main returns
+    lock = core.claim(out, args.resume)
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)
     else:
@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         core.write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
     core.write_results(out, metrics, report(metrics))
     if args.evaluate:
-        return
+        return lock.release(force=True)
 
     # 5. Further trainings: does the code pay, what does the receptive field leave to it? The report again.
     without = make_model(latents=0)
@@ -396,6 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         row = {"receptive_field": size, "epochs": table_epochs, **core.in_bits(core.evaluate(another, test), 3072)}
         metrics.setdefault("receptive_fields", []).append(row)
     core.write_results(out, metrics, report(metrics))
+    lock.release(force=True)
 
 
 if __name__ == "__main__" and not core.pasted_into_cell():

@@ -1013,12 +1013,12 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
 # ------------------------------------------- figures and files
 
 
-def claim(out: Path, resume: bool) -> filelock.FileLock | None:
-    """Make the folder this run's own while the lock is kept; refused if another run is alive there.
+def claim(out: Path, resume: bool) -> filelock.BaseFileLock:
+    """Make the folder this run's own until the lock is released; refused if another run is alive there.
     An earlier run's results are moved, whole, from OUT/q2b to OUT/q2b.1, ...; with resume they stay."""
-    if rank_and_world()[0]:
-        return None
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0, is_singleton=True)
+    if rank_and_world()[0]:
+        return lock
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         name: core.split_points(name, make_points(name)[: 5000 if args.smoke else None], args.batch_size)
         for name in TURN
     }
-    _lock = core.claim(out, args.resume)  # until main returns
+    lock = core.claim(out, args.resume)
 
     # 2. Four trainings, and what is measured of each model.
     recipe = core.Recipe(args.epochs, args.batch_size, args.lr, seed=args.seed)
@@ -253,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     plot_evidence(models, tests, final, out / "evidence.png")
     core.write_results(out, metrics, report(metrics))
     if any(f["excess_bpd"] < -4 * f["excess_se_bpd"] for f in final.values()):
-        raise ValueError("a bound is below its floor by more than four standard errors: a defect, not a discovery")
+        raise ValueError("a bound is below its floor by more than four standard errors: a defect")
+    lock.release(force=True)
 
 
 if __name__ == "__main__" and not core.pasted_into_cell():

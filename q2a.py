@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         args.kl_warmup, args.seed, precision,
     )  # fmt: skip
     about = {"script": "q2a", "args": vars(args)}
-    _lock = core.claim(out, args.resume)  # until main returns
+    lock = core.claim(out, args.resume)
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)
     else:
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
         core.write_images(core.quantise(x), out / "samples", first)
     core.write_results(out, metrics, report(metrics))
+    lock.release(force=True)
 
 
 if __name__ == "__main__" and not core.pasted_into_cell():

@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if comparing:
         refuse_another_2a(path_2a, of_2a, data.describe()["sha256"])
     about = {"script": "q2b", "args": vars(args)}
-    _lock = core.claim(out, args.resume)  # until main returns
+    lock = core.claim(out, args.resume)
     if args.evaluate:
         curves = core.load_trained(model, args.evaluate)
     else:
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     if comparing:
         torch.manual_seed(args.seed)
         model_a = ImageVAE(args.latents, StandardNormal).to(device).to(memory_format=torch.channels_last)
-        _lock_2a = core.claim(path_2a.parent, resume=path_2a.exists())
+        lock_2a = core.claim(path_2a.parent, resume=path_2a.exists())
         core.fit(model_a, splits, recipe, path_2a, {"script": "q2a", "args": of_2a}, resume=True, name="2a")
         torch.manual_seed(args.seed)
         fitted = with_fitted_flow(model_a).to(device).to(memory_format=torch.channels_last)
@@ -261,6 +261,8 @@ def main(argv: list[str] | None = None) -> None:
         (of_a, _), (of_b, _) = (m.sample(100, core.fixed_noise("samples")) for m in (model_a, model))
         core.save_grid((core.quantise(of_a), core.quantise(of_b)), 10, out / "samples_2a_2b.png")
         core.write_results(out, metrics, report(metrics))
+        lock_2a.release(force=True)
+    lock.release(force=True)
 
 
 if __name__ == "__main__" and not core.pasted_into_cell():

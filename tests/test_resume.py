@@ -245,5 +245,5 @@ def test_processes_share_a_batch_draw_noise_of_their_own_and_one_writes(tmp_path
     (whole, _), (first, noise), (second, other_noise) = seen
     assert torch.equal(torch.cat([first, second]).msort(), whole.msort()) and noise != other_noise
     core.write_results(tmp_path, {})
-    assert core.claim(tmp_path, resume=False) is None and not list(tmp_path.iterdir())
+    assert not core.claim(tmp_path, resume=False).is_locked and not list(tmp_path.iterdir())
     refused(capsys, lambda: core.check_batch_size(15, 100), "--batch-size 15")
