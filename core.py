@@ -812,7 +812,6 @@ class Muon(torch.optim.Optimizer):
 def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Adam; and unless muon_lr is 0, Muon for matrices and kernels larger than 1x1 with 16 channels or more.
     Adam keeps what touches pixels, 1x1 heads and biases, as Muon's authors advise."""
-
     learned = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)]
     others = [p for p in learned if not any(p is q for q in hidden)]
