@@ -8,7 +8,6 @@ through z: the smaller the receptive field, the more should (arXiv:1611.02731).
 
     python bonus.py --epochs 20                  ->  results/bonus/report.md, on SVHN (downloaded)
     python bonus.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
-    python bonus.py --evaluate results/bonus/checkpoint.pt --data FILE.npz  ->  results/bonus/evaluate/report.md
 
 Then the same PixelCNN is trained without a code, for as many epochs; and models of three receptive fields, for a fifth
 of the epochs each (`--table-epochs`).
@@ -33,10 +32,8 @@ WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
 GAIN = 8  # enlarges the small differences between neighbours
 RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
-DEFAULTS = dict(
-    epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn", receptive_field=3, prior="flow", blind=1
-)  # fmt: skip
-SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic", table_epochs=1)
+DEFAULTS = dict(epochs=20, latents=16, data="svhn", receptive_field=3, prior="flow", blind=1)
+SMOKE = dict(epochs=1, limit=48, latents=4, data="synthetic", table_epochs=1)
 
 
 # ------------------------------------ the pixel's distribution
@@ -317,15 +314,8 @@ def draw_figures(model: LossyVAE, test: Tensor, out: Path) -> None:
     """100 samples, interpolations of five test pairs, and three draws of each from its code."""
     x = model.draw_levels(model.prior.sample(100, core.fixed_noise("samples")), "pixels")
     core.save_grid((x,), 10, out / "samples.png")
-    images = core.evenly_spaced(test, 10)
-    with torch.no_grad():
-        codes, _ = model.encoder(core.bin_centres(images))  # the posterior's means
-        eps, _ = model.prior.z_to_eps(codes)
-    paths = [core.straight_lines(codes, steps=10)]  # both ends included
-    if isinstance(model.prior, FlowPrior):
-        paths.append(model.prior.eps_to_z(core.straight_lines(eps, steps=10)))
-    rows = [core.between_ends(images, model.draw_levels(z, "pixels", same=True)) for z in paths]
-    core.save_grid(rows, 12, out / "interpolations.png", stacked=True)
+    path = out / "interpolations.png"
+    images, codes = core.draw_interpolations(model, test, lambda z: model.draw_levels(z, "pixels", same=True), path)
     draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
     core.save_grid((images, *draws), 10, out / "lossy.png", stacked=True)
 
@@ -341,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     device, precision = core.choose_machine(args.device, args.precision)
 
     # 1. Data and model.
-    data = core.load_images(args.data, args.data_root, args.limit, args.seed, 0 if args.evaluate else args.batch_size)
+    data = core.load_images(args.data, args.data_root, args.limit, args.seed, only_test=bool(args.evaluate))
     splits = {name: x.to(device) for name, x in data.splits.items()}
     test = splits["test"]
 
@@ -352,10 +342,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Training; or, with --evaluate, an earlier training's weights.
     model = make_model()
-    recipe = core.Recipe(
-        args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
-        args.kl_warmup, args.seed, precision,
-    )  # fmt: skip
+    args, recipe = core.image_recipe(args, len(splits["train"]), precision)
     about = {"script": "bonus", "args": vars(args)}
     lock = core.claim(out, args.resume)
     if args.evaluate:
@@ -370,9 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 4. Figures and report.
-    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" and not args.evaluate else {}
-    bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, floor, f"bonus, {data.name}\n{bound}", out / "curves.png")
+    core.plot_image_curves(metrics, "bonus", out)
     draw_figures(model, test, out)
     for first in range(0, args.samples, 100):
         z = model.prior.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))

@@ -461,22 +461,21 @@ def check_batch_size(batch_size: int, examples: int) -> None:
         fail(f"--batch-size {batch_size} does not fit {examples} training examples and {world} process(es); change it")
 
 
-def load_images(data: str, root: str, limit: int | None, seed: int, batch_size: int) -> Data:
+def load_images(data: str, root: str, limit: int | None, seed: int, only_test: bool = False) -> Data:
     """The images that --data names, uint8 [N, 3, 32, 32] each split; under --limit M: M, M/10 and M/10 of them.
-    root: SVHN's folder. seed: splits a user's images. batch_size 0: no training, so a test split is enough."""
+    root: SVHN's folder. seed: splits a user's images. only_test: for no training, so a test split is enough."""
     limited = (limit, limit // 10, limit // 10) if limit else None
     if data == "svhn":
         name, arrays = "SVHN", load_svhn(Path(root))
     elif data == "synthetic":
         name, arrays = "synthetic (a stand-in for SVHN)", make_synthetic(limited or SVHN_SIZES)
     else:
-        name, arrays = load_own(Path(data), seed, only_test=batch_size == 0)
+        name, arrays = load_own(Path(data), seed, only_test)
     if limited:
         arrays = [x[:n] for x, n in zip(arrays, limited, strict=True)]
         name += f", at most {limit} training images"
     splits = {k: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for k, x in zip(SPLITS, arrays, strict=True)}
     print(f"data: {name}: " + ", ".join(f"{len(x):,} {k}" for k, x in splits.items()))
-    check_batch_size(batch_size, len(splits["train"]))
     return Data(name, splits)
 
 
@@ -790,8 +789,8 @@ class Muon(torch.optim.Optimizer):
     Adam moves a kernel along the few directions that its gradients share; here every direction counts alike. K. Jordan
     et al. 2024 (kellerjordan.github.io/posts/muon)."""
 
-    def __init__(self, kernels: Iterable[Tensor], lr: float):
-        super().__init__(kernels, dict(lr=lr, momentum=0.95))
+    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(kernels, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -809,14 +808,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(kernels, updates, alpha=-group["lr"])
 
 
-def make_optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+def make_optimisers(model: nn.Module, lr: float, muon_lr: float, momentum: float = 0.95) -> list[torch.optim.Optimizer]:
     """Adam; and unless muon_lr is 0, Muon for matrices and kernels larger than 1x1 with 16 channels or more.
     Adam keeps what touches pixels, 1x1 heads and biases, as Muon's authors advise."""
     learned = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in learned if muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16 and p.shape[2:] != (1, 1)]
     others = [p for p in learned if not any(p is q for q in hidden)]
     adam = torch.optim.Adam(others, lr=lr, fused=others[0].device.type in ("cpu", "cuda"))
-    return [adam, Muon(hidden, lr=muon_lr)] if hidden else [adam]
+    return [adam, Muon(hidden, muon_lr, momentum)] if hidden else [adam]
 
 
 @dataclass
@@ -831,16 +830,14 @@ class Recipe:
     kl_warmup: float | None = None  # the fraction of training in which the KL's weight rises from 0 to 1
     seed: int = 0
     precision: str = "fp32"  # of training steps
+    momentum: float = 0.95  # of Muon
 
 
 CURVE_KEYS = ("neg_elbo_bpd", "kl_bpd", "recon_bpd")  # what a curve holds for each split
 KEEP_SECONDS = 60  # between checkpoints
 
 
-def fit(
-    model: Any, splits: dict[str, Tensor], recipe: Recipe, path: Path, about: dict[str, Any], resume: bool = False,
-    name: str = "",
-) -> dict[str, Any]:  # fmt: skip
+def fit(model: Any, splits: dict, recipe: Recipe, path: Path, about: dict, resume: bool = False, name: str = "") -> Any:
     """Minimise model.loss on splits["train"]; leave the weights that were best on validation in the model; -> curves.
     Curves are of the first examples of every split, at up to 21 steps. path: the checkpoint, written every minute and
     at the end, with `about` in it. With resume, training goes on from there, on one machine to the same bits: order and
@@ -848,15 +845,10 @@ def fit(
     train, device, (rank, world) = splits["train"], splits["train"].device, rank_and_world()
     steps_per_epoch = len(train) // recipe.batch_size  # an epoch leaves out the rest of its order
     steps = recipe.epochs * steps_per_epoch
-    optimisers = make_optimisers(model, recipe.lr, recipe.muon_lr)
+    optimisers = make_optimisers(model, recipe.lr, recipe.muon_lr, recipe.momentum)
     about, start, order = about | {"data": sha256_of(splits)}, 0, None
     best: dict[str, Tensor] = {}
-    curves: dict[str, Any] = {
-        "step": [],
-        "epoch": [],
-        "seconds": 0.0,
-        **{split: {key: [] for key in CURVE_KEYS} for split in SPLITS},
-    }
+    curves: Any = {"step": [], "epoch": [], "seconds": 0.0, **{split: {k: [] for k in CURVE_KEYS} for split in SPLITS}}
     # So few that curves take a tenth of the time: 21 * 3 / 360 of the examples trained on, but forward only.
     curves["examples"] = min(len(splits["valid"]), max(32, recipe.epochs * len(train) // 360))
     if resume and path.exists():
@@ -891,9 +883,7 @@ def fit(
     return curves
 
 
-def train_step(
-    model: Any, optimisers: list[Any], x: Tensor, precision: str, kl_weight: float = 1.0, done: float = 0.0
-) -> None:
+def train_step(model: Any, optimisers: list, x: Tensor, precision: str, kl_weight: float = 1, done: float = 0) -> None:
     """One step on this process's share x of a batch. Gradients are clipped to norm 1."""
     with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         loss = model.loss(x, kl_weight, done)
@@ -911,9 +901,7 @@ def train_step(
         optimiser.step()
 
 
-def add_to_curves(
-    curves: dict[str, Any], model: Any, splits: dict[str, Tensor], step: int, epoch: float, path: Path, name: str
-) -> bool:
+def add_to_curves(curves: dict, model: Any, splits: dict, step: int, epoch: float, path: Path, name: str) -> bool:
     """Evaluate, print a line, add to the curves; -> whether this is the best on validation so far."""
     if step in curves["step"]:  # before an interruption
         return False
@@ -931,9 +919,8 @@ def add_to_curves(
     columns = [curves["step"], curves["epoch"], *(curves[split][key] for split in SPLITS for key in CURVE_KEYS)]
     names = ["step", "epoch", *(f"{split}_{key}" for split in SPLITS for key in CURVE_KEYS)]
     table = "".join(",".join(map(str, row)) + "\n" for row in (names, *zip(*columns, strict=True)))
-    write_whole(
-        path.with_name("curves.csv" if path.stem == "checkpoint" else f"{path.stem}_curves.csv"), table.encode()
-    )
+    file = "curves.csv" if path.stem == "checkpoint" else f"{path.stem}_curves.csv"
+    write_whole(path.with_name(file), table.encode())
     *earlier, bound = curves["valid"]["neg_elbo_bpd"]
     if best := bound < min(earlier, default=math.inf):
         curves |= {"best_step": step, "best_epoch": round(epoch, 4)}
@@ -964,9 +951,7 @@ def join_processes(device: str) -> None:
         sys.stdout = io.StringIO()  # rank 0 prints for all
 
 
-def save_progress(
-    path: Path, about: dict[str, Any], step: int, curves: dict, best: dict, model: nn.Module, optimisers: list[Any]
-) -> None:
+def save_progress(path: Path, about: dict, step: int, curves: dict, best: dict, model: Any, optimisers: list) -> None:
     """The checkpoint: `about` (script, arguments, the data's hash), the best weights (`state`), what --resume needs."""
     states = {"weights": model.state_dict(), "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
     buffer = io.BytesIO()
@@ -1052,9 +1037,7 @@ def write_results(out: Path, metrics: dict[str, Any], report: str = "") -> None:
         print(f"wrote {out / 'report.md'}, its figures and metrics.json")
 
 
-def describe_run(
-    script: str, args: argparse.Namespace, data: dict[str, Any], device: str, precision: str, *models: nn.Module
-) -> dict[str, Any]:
+def describe_run(script: str, args: Any, data: dict, device: str, precision: str, *models: nn.Module) -> dict[str, Any]:
     """The head of metrics.json: what ran, on which data and machine."""
     info = Path("/proc/cpuinfo")  # of Linux
     cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
@@ -1107,6 +1090,14 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, float], title: str, pa
     save_figure(fig, path)
 
 
+def plot_image_curves(metrics: dict[str, Any], title: str, out: Path) -> None:
+    """The curves of an image script; of synthetic data with the bounds of their entropy."""
+    args, bound = metrics["args"], metrics["final"]["test"]["neg_elbo_bpd"]
+    floor = SYNTHETIC_ENTROPY if args["data"] == "synthetic" and not args["evaluate"] else {}
+    title = f"{title}, {metrics['data']['name']}\ntest −ELBO {bound:.3f} bits/dim"
+    plot_curves({"": metrics["curves"]}, floor, title, out / "curves.png")
+
+
 def save_grid(panels: Iterable[Tensor], columns: int, path: Path, stacked: bool = False) -> None:
     """Panels of images, each uint8 [N, 3, 32, 32], side by side or stacked, as a PNG with 2 x 2 dots for a pixel."""
     from torchvision.utils import make_grid  # here, as it takes two seconds
@@ -1121,36 +1112,28 @@ def save_grid(panels: Iterable[Tensor], columns: int, path: Path, stacked: bool 
         display(image)
 
 
-def straight_lines(ends: Tensor, steps: int) -> Tensor:
-    """Between the codes of each pair of images, 0 and 1, 2 and 3, ...: [2 P, C, 8, 8] -> [P * steps, C, 8, 8]."""
-    a, b = ends.unflatten(0, (-1, 1, 2)).unbind(2)  # each (P, 1, C, 8, 8)
-    return torch.lerp(a, b, torch.linspace(0, 1, steps, device=ends.device)[:, None, None, None]).flatten(0, 1)
-
-
-def between_ends(images: Tensor, decoded: Tensor) -> Tensor:
-    """Rows of an interpolation, true pairs around decoded steps: [2 P, ...], [P * n, ...] -> [P * (n + 2), ...]."""
-    pairs = images.unflatten(0, (-1, 2))
-    return torch.cat([pairs[:, :1], decoded.unflatten(0, (len(pairs), -1)), pairs[:, 1:]], 1).flatten(0, 1)
-
-
-def evenly_spaced(x: Tensor, n: int) -> Tensor:
-    """At most n examples, an even number, from all over x: neighbours may look alike. [N, ...] -> [n, ...]."""
-    return x[torch.linspace(0, len(x) - 1, min(n, len(x)) // 2 * 2).long().to(x.device)]
+def draw_interpolations(model: VAE, test: Tensor, decode: Callable, path: Path) -> tuple[Tensor, Tensor]:
+    """Between five pairs of test images, ten codes each on a straight line in z and, under a flow, in eps, decoded.
+    decode: z [N, C, 8, 8] -> uint8 [N, 3, 32, 32]. -> the images [10, 3, 32, 32] and their posteriors' means."""
+    n, t = min(10, len(test)) // 2 * 2, torch.linspace(0, 1, 10, device=test.device).view(10, 1, 1, 1, 1)
+    images = test[torch.linspace(0, len(test) - 1, n).long().to(test.device)]  # neighbours may look alike
+    with torch.no_grad():
+        codes, _ = model.encoder(bin_centres(images))
+        eps, _ = model.prior.z_to_eps(codes)
+    paths = [torch.lerp(codes[::2], codes[1::2], t).flatten(0, 1)]  # (10 * 5, C, 8, 8)
+    if isinstance(model.prior, FlowPrior):
+        paths.append(model.prior.eps_to_z(torch.lerp(eps[::2], eps[1::2], t).flatten(0, 1)))
+    first, last = images[None, ::2], images[None, 1::2]  # each (1, 5, 3, 32, 32)
+    columns = [torch.cat([first, decode(z).unflatten(0, (10, -1)), last]) for z in paths]  # each (12, 5, 3, 32, 32)
+    save_grid([x.transpose(0, 1).flatten(0, 1) for x in columns], 12, path, stacked=True)
+    return images, codes
 
 
 def draw_image_figures(model: ImageVAE, test: Tensor, out: Path) -> None:
-    """For 2a and 2b: 100 samples; five interpolations in z and, under a flow, eps; reconstructions."""
+    """For 2a and 2b: 100 samples, interpolations, reconstructions."""
     x, mu = model.sample(100, fixed_noise("samples"))
     save_grid((quantise(mu), quantise(x)), 10, out / "samples.png")
-    images = evenly_spaced(test, 10)
-    with torch.no_grad():
-        codes, _ = model.encoder(bin_centres(images))  # the posterior's means
-        eps, _ = model.prior.z_to_eps(codes)
-    paths = [straight_lines(codes, steps=10)]  # both ends included
-    if isinstance(model.prior, FlowPrior):
-        paths.append(model.prior.eps_to_z(straight_lines(eps, steps=10)))
-    rows = [between_ends(images, quantise(model.decode(z)[1])) for z in paths]
-    save_grid(rows, 12, out / "interpolations.png", stacked=True)
+    images, codes = draw_interpolations(model, test, lambda z: quantise(model.decode(z)[1]), out / "interpolations.png")
     x, mu = model.decode(codes, fixed_noise("reconstructions"))
     save_grid((images, quantise(mu), quantise(x)), 10, out / "reconstructions.png", stacked=True)
 
@@ -1280,19 +1263,16 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
-HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0)  # what the handout recommends: --handout
+HANDOUT = dict(batch_size=32, lr=2e-4, muon_lr=0.0, kl_warmup=0.0)  # what the handout recommends: --handout
 OF_ONE_COMMAND = {"out", "resume", "smoke", "evaluate", "samples"}  # not taken from a checkpoint
 MAY_DIFFER = {"epochs", "data", "data_root", "device", "precision", "compare", "table_epochs"}  # from it
 THREADS = torch.get_num_threads()  # of the machine, or of OMP_NUM_THREADS
 
 
-def parse_args(
-    parser: Parser, argv: list[str] | None, defaults: dict[str, Any], smoke: dict[str, Any],
-    checkpoint: str = "checkpoint.pt",
-) -> tuple[argparse.Namespace, Path]:  # fmt: skip
+def parse_args(parser: Parser, argv: Any, defaults: dict, smoke: dict, file: str = "checkpoint.pt") -> tuple[Any, Path]:
     """The command line -> (arguments, the folder for the results); prints them. Errors: one line, exit status 2.
     What is not typed comes from the run that --resume or --evaluate names, else from --smoke, --handout and `defaults`.
-    checkpoint: the file in a run's folder that holds its arguments."""
+    argv: a list of strings, or None for sys.argv. file: in a run's folder, the checkpoint that holds its arguments."""
     if argv is None and pasted_into_cell():
         argv = []
     parser.set_defaults(**defaults)
@@ -1302,10 +1282,10 @@ def parse_args(
     values |= (HANDOUT if values.get("handout") else {}) | (smoke if values["smoke"] else {}) | typed
     script, evaluate = parser.prog.removesuffix(".py"), values.get("evaluate")
     out = Path(values["out"]) / ("smoke" if values["smoke"] else "") / script
-    path, may_differ = out / checkpoint, MAY_DIFFER
+    path, may_differ = out / file, MAY_DIFFER
     if evaluate:
         path, out = Path(evaluate), out / "evaluate"
-        path = path / checkpoint if path.is_dir() else path
+        path = path / file if path.is_dir() else path
         values["evaluate"] = typed["evaluate"] = str(path)
         may_differ = MAY_DIFFER | {"limit"}
     if evaluate or (values["resume"] and path.exists()):
@@ -1317,6 +1297,28 @@ def parse_args(
         values |= saved | typed
     print(script, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items()))
     return argparse.Namespace(**values), out
+
+
+def image_recipe(args: argparse.Namespace, examples: int, precision: str) -> tuple[argparse.Namespace, Recipe]:
+    """The arguments, completed; and the recipe of a training on so many examples.
+    What is neither typed nor a checkpoint's follows the training's length. Batches: 16, doubled until there are no more
+    than 25,000 steps. Up to 750 steps: peak rates of 2e-3 (Adam) and .012 (Muon), and a KL weight of 1. Beyond, the
+    rates fall with the root of the number of steps; Muon averages gradients over more steps, up to 50 for 20; the KL's
+    weight rises from 0 to 1 in all steps but the last 750, so that the code is used early."""
+    seen, batch_size = max(1, args.epochs * examples), args.batch_size or 16
+    while args.batch_size is None and seen > 25_000 * batch_size:
+        batch_size *= 2
+    short = min(1.0, 750 * batch_size / seen)  # 750 steps, as a fraction of all
+    by_length = {"lr": 2e-3 * math.sqrt(short), "muon_lr": 0.012 * math.sqrt(short), "kl_warmup": 1 - short}
+    unset = {k: float(f"{v:.3g}") for k, v in by_length.items() if getattr(args, k) is None}
+    args = argparse.Namespace(**vars(args) | unset | {"batch_size": batch_size})
+    schedule, momentum = "constant" if args.handout else "trapezoid", min(0.98, 1 - 0.05 * math.sqrt(short))
+    rates = (args.epochs, batch_size, args.lr, args.muon_lr, schedule, args.kl_warmup)
+    recipe = Recipe(*rates, args.seed, precision, momentum)
+    if not args.evaluate:
+        check_batch_size(batch_size, examples)
+        print(recipe)
+    return args, recipe
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

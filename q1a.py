@@ -215,7 +215,7 @@ def plot_evidence(models: dict[str, VAE], tests: dict[str, Tensor], final: dict[
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, out = core.parse_args(core.Parser("q1a"), argv, DEFAULTS, SMOKE, checkpoint="data1_diagonal.pt")
+    args, out = core.parse_args(core.Parser("q1a"), argv, DEFAULTS, SMOKE, file="data1_diagonal.pt")
     device, _ = core.choose_machine(args.device, threads=1)  # the networks are too small to share out
 
     # 1. Data.

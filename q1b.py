@@ -227,7 +227,7 @@ def plot_latents(latents: dict[str, Tensor], labels: np.ndarray, final: dict, pa
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, out = core.parse_args(core.Parser("q1b"), argv, DEFAULTS, SMOKE, checkpoint="short_run.pt")
+    args, out = core.parse_args(core.Parser("q1b"), argv, DEFAULTS, SMOKE, file="short_run.pt")
     device, _ = core.choose_machine(args.device, threads=1)  # the networks are too small to share out
 
     # 1. Data, and the true density of the points that are measured.

@@ -9,7 +9,6 @@ The right side bounds the code length of the 8-bit image in nats; divided by 307
 
     python q2a.py --epochs 20                  ->  results/q2a/report.md, on SVHN (downloaded)
     python q2a.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
-    python q2a.py --evaluate results/q2a/checkpoint.pt --data FILE.npz  ->  results/q2a/evaluate/report.md
 """
 
 from typing import Any
@@ -19,8 +18,8 @@ import torch
 import core
 from core import ImageVAE, StandardNormal
 
-DEFAULTS = dict(epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn")
-SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
+DEFAULTS = dict(epochs=20, latents=16, data="svhn")
+SMOKE = dict(epochs=1, limit=48, latents=4, data="synthetic")
 
 
 def report(metrics: dict[str, Any]) -> str:
@@ -54,17 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     device, precision = core.choose_machine(args.device, args.precision)
 
     # 1. Data and model.
-    data = core.load_images(args.data, args.data_root, args.limit, args.seed, 0 if args.evaluate else args.batch_size)
+    data = core.load_images(args.data, args.data_root, args.limit, args.seed, only_test=bool(args.evaluate))
     splits = {name: x.to(device) for name, x in data.splits.items()}
     test = splits["test"]
     torch.manual_seed(args.seed)
     model = ImageVAE(args.latents, StandardNormal).to(device).to(memory_format=torch.channels_last)
 
     # 2. Training; or, with --evaluate, an earlier training's weights.
-    recipe = core.Recipe(
-        args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
-        args.kl_warmup, args.seed, precision,
-    )  # fmt: skip
+    args, recipe = core.image_recipe(args, len(splits["train"]), precision)
     about = {"script": "q2a", "args": vars(args)}
     lock = core.claim(out, args.resume)
     if args.evaluate:
@@ -79,9 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 4. Figures and report.
-    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" and not args.evaluate else {}
-    bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, floor, f"2a: standard normal prior, {data.name}\n{bound}", out / "curves.png")
+    core.plot_image_curves(metrics, "2a: standard normal prior", out)
     core.draw_image_figures(model, test, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))

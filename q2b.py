@@ -13,7 +13,6 @@ frozen 2a; (ii) what is in the KL; (iii) what the flow removes from z.
     python q2b.py --epochs 20 --compare        ->  results/q2b/report.md, on SVHN (downloaded); 2a is trained too
     python q2b.py --epochs 20                  ->  2b alone, without the comparison
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
-    python q2b.py --evaluate results/q2b/checkpoint.pt --data FILE.npz  ->  results/q2b/evaluate/report.md
 """
 
 import copy
@@ -30,8 +29,8 @@ from torch import Tensor
 import core
 from core import FlowPrior, ImageVAE, StandardNormal, Terms, bits_per_dim, evaluate
 
-DEFAULTS = dict(epochs=20, batch_size=16, lr=2e-3, muon_lr=0.012, latents=16, data="svhn")
-SMOKE = dict(epochs=1, batch_size=16, limit=48, latents=4, data="synthetic")
+DEFAULTS = dict(epochs=20, latents=16, data="svhn")
+SMOKE = dict(epochs=1, limit=48, latents=4, data="synthetic")
 
 # ------------------------- what the prior changes: experiments
 
@@ -207,17 +206,14 @@ def main(argv: list[str] | None = None) -> None:
     comparing = args.compare and not args.evaluate
 
     # 1. Data and model.
-    data = core.load_images(args.data, args.data_root, args.limit, args.seed, 0 if args.evaluate else args.batch_size)
+    data = core.load_images(args.data, args.data_root, args.limit, args.seed, only_test=bool(args.evaluate))
     splits = {name: x.to(device) for name, x in data.splits.items()}
     test = splits["test"]
     torch.manual_seed(args.seed)
     model = ImageVAE(args.latents, FlowPrior).to(device).to(memory_format=torch.channels_last)
 
     # 2. Training; or, with --evaluate, an earlier training's weights.
-    recipe = core.Recipe(
-        args.epochs, args.batch_size, args.lr, args.muon_lr, "constant" if args.handout else "trapezoid",
-        args.kl_warmup, args.seed, precision,
-    )  # fmt: skip
+    args, recipe = core.image_recipe(args, len(splits["train"]), precision)
     of_2a = {name: value for name, value in vars(args).items() if name != "compare"}  # q2a.py's arguments
     path_2a = out.with_name("q2a") / "checkpoint.pt"
     if comparing:
@@ -236,9 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     core.write_results(out, metrics)
 
     # 4. Figures and report.
-    floor = core.SYNTHETIC_ENTROPY if args.data == "synthetic" and not args.evaluate else {}
-    bound = f"test −ELBO {metrics['final']['test']['neg_elbo_bpd']:.3f} bits/dim"
-    core.plot_curves({"": curves}, floor, f"2b: flow prior, {data.name}\n{bound}", out / "curves.png")
+    core.plot_image_curves(metrics, "2b: flow prior", out)
     core.draw_image_figures(model, test, out)
     for first in range(0, args.samples, 100):
         x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))

@@ -33,7 +33,7 @@ def save(path, **splits):
 
 def load(path, limit=None, seed=0, only_test=False):
     """The data's name, and its splits as arrays, channels last."""
-    data = core.load_images(str(path), "nowhere", limit, seed, batch_size=0 if only_test else 1)
+    data = core.load_images(str(path), "nowhere", limit, seed, only_test)
     return data.name, [x.permute(0, 2, 3, 1).numpy() for x in data.splits.values()]
 
 

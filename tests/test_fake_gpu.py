@@ -96,7 +96,7 @@ def test_nothing_that_a_run_does_mixes_devices(script, gpu, tmp_path):
 def test_controls_what_is_on_the_wrong_device_is_found(gpu, tmp_path, monkeypatch):
     mistakes = [(nn.Module, "_apply", lambda *args: move(*args, buffers=False))]
     mistakes.append((core, "noise", lambda kind, shape, *_: kind(shape)))
-    mistakes.append((core, "evenly_spaced", lambda x, n: np.asarray(x)))
+    mistakes.append((core, "bin_centres", np.asarray))
     for mistake in mistakes:
         with monkeypatch.context() as patch, pytest.raises((RuntimeError, TypeError), match="device"):
             patch.setattr(*mistake)

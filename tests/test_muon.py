@@ -24,14 +24,14 @@ def test_muons_steps_are_the_published_ones():
     weights = [torch.randn(shape).double() for shape in [*shapes, (16, 40, 3, 3)]]
     weights[2:5:2] = [w.contiguous(memory_format=torch.channels_last) for w in weights[2:5:2]]
     kernels, momenta = [nn.Parameter(w.clone()) for w in weights], [torch.zeros_like(w) for w in weights]
-    muon = core.Muon(kernels, lr=0.0)
+    muon = core.Muon(kernels, lr=0.0, momentum=0.9)
     for step, lr in enumerate((0.1, 0.2, 0.05, 0.3)):
         muon.param_groups[0]["lr"] = lr
         kernels[-1].grad = torch.zeros_like(kernels[-1])
         for k, kernel in enumerate(kernels[:-1]):
             kernel.grad = torch.randn(kernel.shape).double() * 10.0 ** (k % 3 - 6 + step)
-            momenta[k] = momenta[k].lerp(kernel.grad, 0.05)
-            nesterov, (a, b, *size) = kernel.grad.lerp(momenta[k], 0.95), kernel.shape
+            momenta[k] = momenta[k].lerp(kernel.grad, 0.1)
+            nesterov, (a, b, *size) = kernel.grad.lerp(momenta[k], 0.9), kernel.shape
             if a <= b:  # the smaller of a and b is one side of the matrix, all else the other
                 update = published(nesterov.flatten(1)).reshape(kernel.shape)
             else:

@@ -86,7 +86,7 @@ def test_after_a_figure_that_fails_a_run_goes_on_with_the_arguments_it_had(steps
     for flags, words in (
         ("--seed 1", "--seed (0, now 1)"), ("--batch-size 5", "--batch-size (10, now 5)"),
         ("--latents 3 --lr 0.1", "--lr (0.002, now 0.1), --latents (2, now 3)"), ("--limit 30", "--limit (20, now 30)"),
-        ("--kl-warmup 0.5", "--kl-warmup (None, now 0.5)"), ("--handout", "--handout (False, now True)"),
+        ("--kl-warmup 0.5", "--kl-warmup (0.0, now 0.5)"), ("--handout", "--handout (False, now True)"),
         ("--epochs 0", "has done 2 steps"), ("--data other.npz", "other data"),
     ):  # fmt: skip
         refused(capsys, lambda flags=flags: q2a.main(["--resume", *flags.split()]), words)

@@ -139,12 +139,25 @@ def test_the_flags_of_training_reach_it_and_handout_sets_the_handouts(script, mo
         return seen[-1]
 
     monkeypatch.setattr(core, "fit", fit)
-    usual = core.Recipe(20, 16, 2e-3, 0.012, "trapezoid", None, 0, "bf16")
+    usual = core.Recipe(20, 16, 2e-3, 0.012, "trapezoid", 0, 0, "bf16", 0.95)
     assert recipe_of() == usual
     flags = "--epochs 3 --batch-size 7 --lr 0.5 --muon-lr 0.25 --kl-warmup 0.125 --seed 9 --precision fp32"
     assert recipe_of(*flags.split()) == core.Recipe(3, 7, 0.5, 0.25, "trapezoid", 0.125, 9, "fp32")
-    handout = core.Recipe(20, 32, 2e-4, 0.0, "constant", None, 0, "bf16")
+    handout = core.Recipe(20, 32, 2e-4, 0.0, "constant", 0, 0, "bf16")
     assert recipe_of("--handout") == handout and recipe_of("--lr", "0.5", "--handout").lr == 0.5
+
+
+def test_what_is_not_typed_follows_the_length_of_a_training():
+    for flags, examples, expected in (
+        ("3", 4_000, (16, 2e-3, 0.012, 0, 0.95)), ("0", 30, (16, 2e-3, 0.012, 0, 0.95)),
+        ("4", 16_000, (16, 8.66e-4, 5.2e-3, 0.812, 0.978)), ("4", 65_931, (16, 4.27e-4, 2.56e-3, 0.954, 0.98)),
+        ("20", 65_931, (64, 3.82e-4, 2.29e-3, 0.964, 0.98)),
+        ("4 --lr 0.5 --muon-lr 0 --kl-warmup 0 --batch-size 7", 65_931, (7, 0.5, 0, 0, 0.98)),
+    ):  # fmt: skip
+        args = core.Parser("q2b", images=True).parse_args(f"--epochs {flags}".split())
+        filled, recipe = core.image_recipe(args, examples, "fp32")
+        found = dict(batch_size=recipe.batch_size, lr=recipe.lr, muon_lr=recipe.muon_lr, kl_warmup=recipe.kl_warmup)
+        assert (*found.values(), round(recipe.momentum, 3)) == expected and vars(filled) == vars(args) | found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

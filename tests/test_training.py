@@ -24,11 +24,12 @@ def point_model(*hidden):
 
 
 def given(model, splits, **changes):
-    """A training whose steps do nothing: of each, its batch, noise, the KL's weight, what is done, and the rates."""
+    """A training whose steps do nothing: of each, its batch, noise, KL weight, what is done, rates and momentum."""
     steps = []
 
     def step(model, optimisers, x, precision, kl_weight, done):
-        steps.append((x, torch.randn(3), kl_weight, done, [some.param_groups[0]["lr"] for some in optimisers]))
+        groups = [some.param_groups[0] for some in optimisers]
+        steps.append((x, torch.randn(3), kl_weight, done, [*(g["lr"] for g in groups), groups[-1].get("momentum")]))
 
     with patch.object(core, "train_step", step):
         train(model, splits, **changes)
@@ -128,9 +129,10 @@ def test_muon_has_the_hidden_kernels_adam_the_rest_and_both_follow_the_schedule(
         hidden, learned = p.ndim == 4 and min(p.shape[:2]) >= 16 and p.shape[2] > 1, not name.startswith("prior")
         assert [id(p) in of_one for of_one in shared] == [learned and not hidden, learned and hidden], name
     assert len(core.make_optimisers(model, 1e-3, 0.0)) == 1
-    *_, rates = given(point_model(16, 16), point_splits(), epochs=4, lr=1e-3, muon_lr=0.02, schedule="trapezoid")
+    changes = dict(epochs=4, lr=1e-3, muon_lr=0.02, schedule="trapezoid", momentum=0.9)
+    *_, rates = given(point_model(16, 16), point_splits(), **changes)
     expected = [core.SCHEDULES["trapezoid"]((step + 0.5) / 20) for step in range(20)]
-    assert np.allclose(rates, np.outer(expected, [1e-3, 0.02])) and expected[0] > 0  # the first step moves too
+    assert np.allclose(rates, [[1e-3 * x, 0.02 * x, 0.9] for x in expected]) and expected[0] > 0  # the first moves too
 
 
 def test_gradients_are_clipped_to_norm_one():

@@ -33,9 +33,7 @@ class Reached(Exception):
 
 def seconds_to_bound(recipe, splits, device, until=-math.inf):
     """Train 2b until validation is below `until`, or to the end: the seconds of its steps, and the last bound.
-
-    Validation's first 100 images are evaluated every ten steps, which is not counted.
-    """
+    Validation's first 100 images are evaluated every ten steps, which is not counted."""
     torch.manual_seed(recipe.seed)
     model = core.ImageVAE(q2b.DEFAULTS["latents"], core.FlowPrior).to(device).to(memory_format=torch.channels_last)
     train_step, steps = core.train_step, recipe.epochs * (len(splits["train"]) // recipe.batch_size)
@@ -100,10 +98,10 @@ seconds are those of training steps, without the evaluations, every ten steps; a
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args, (device, precision) = parser.parse_args(), core.choose_machine("auto", "auto")
-    data = core.load_images("synthetic", "", 4000, 0, q2b.DEFAULTS["batch_size"])
+    data = core.load_images("synthetic", "", 4000, 0)
     splits = {name: x.to(device) for name, x in data.splits.items()}
-    usual = {key: q2b.DEFAULTS[key] for key in ("batch_size", "lr", "muon_lr")}
-    recipe = core.Recipe(3, **usual, schedule="trapezoid", precision=precision)
+    flags = core.Parser("q2b", images=True).parse_args(["--epochs", "3"])
+    _, recipe = core.image_recipe(flags, len(splits["train"]), precision)
     folder, metrics = ROOT / "results" / "bench", core.describe_run("bench", args, data.describe(), device, precision)
     metrics["bounds"] = times_to_bound(splits, device, recipe, seeds=3)
     folder.mkdir(parents=True, exist_ok=True)

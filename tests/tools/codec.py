@@ -107,9 +107,7 @@ def z_under_posterior(model: core.VAE, levels: Tensor) -> list[Any]:
 
 def levels_given_z(model: core.VAE, z: Tensor, ask: Ask) -> Tensor:
     """Ask for the levels under P(levels|z) -> int32 [3, 32, 32]. z float64 [1, C, 8, 8].
-
-    The bonus's wavefronts come one after the other, as in LocalPixelCNN.sample.
-    """
+    The bonus's wavefronts come one after the other, as in LocalPixelCNN.sample."""
     if not isinstance(model, bonus.LossyVAE):
         bins = in_bins(*model.decoder(z), LEVEL_0, LEVEL_STEP)
         return torch.from_numpy(ask(..., stream.model.QuantizedGaussian(0, 255), *bins)).view(3, 32, 32)
@@ -125,9 +123,7 @@ def levels_given_z(model: core.VAE, z: Tensor, ask: Ask) -> Tensor:
 
 def colours_of_mixture(params: Tensor, ask: Ask) -> Tensor:
     """Ask for R, G and B of P pixels under `bonus.mixture_log_prob`: params [1, 10 K, P, 1] -> int32 [3, P].
-
-    P(R) = sum_k w_k P_k(R); P(G|R) = sum_k w_k(R) P_k(G|R) with w_k(R) = w_k P_k(R) / P(R); B after G likewise.
-    """
+    P(R) = sum_k w_k P_k(R); P(G|R) = sum_k w_k(R) P_k(G|R) with w_k(R) = w_k P_k(R) / P(R); B after G likewise."""
     logits, mu, log_scale, c = (t[0, ..., 0] for t in bonus.split_params(params))  # (K, P), then three of (K, 3, P)
     family, edges = stream.model.Categorical(perfect=False), core.dequantise(torch.arange(1, 256).double(), 0)
     log_w, levels = torch.log_softmax(logits, 0), torch.zeros(3, logits.shape[1], dtype=torch.int32)
@@ -237,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     if stream is None:
         core.fail("the entropy coder is missing: pip install constriction")
     model, trained = load_model(args.checkpoint)
-    data = core.load_images(args.data, "data", args.limit, trained.seed, batch_size=0)
+    data = core.load_images(args.data, "data", args.limit, trained.seed, only_test=True)
     images = data.splits["test"][: args.images]
     in_float64, folder = copy.deepcopy(model).double(), args.checkpoint
     folder = folder if folder.is_dir() else folder.parent

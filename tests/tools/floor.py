@@ -60,9 +60,7 @@ def synthetic_scenes(start: int, stop: int) -> Scenes:
 
 def log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
     """log P(low < X < high), X ~ N(0, 1), low < high, elementwise, nats; exact to either side, however far out.
-
-    By symmetry both ends are taken to the left, where log_ndtr keeps its digits; then the log of a difference.
-    """
+    By symmetry both ends are taken to the left, where log_ndtr keeps its digits; then the log of a difference."""
     mirrored = low + high > 0
     low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
     log_high = torch.special.log_ndtr(high)
@@ -71,13 +69,11 @@ def log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
 
 def scene_log_prob(levels: Tensor, mean: Tensor, amount: Tensor, step: float = 0.125) -> Tensor:
     """log P(levels | scene) of synthetic images, [B], nats. No model's log P(levels) is higher on average.
-
     levels [B, 3, H, W], integers; mean, the same shape, of `core.render`; amount a [B], `core.noise_amount`. Given the
     scene, pixels are independent. A pixel's colours share a n, n ~ N(0, 1); given n they are independent,
     N(mean + a n, (a / 4)^2), rounded and clamped to 0..255. So P(pixel) = integral N(n; 0, 1) prod_c P(level_c | n) dn:
     a sum over points `step` apart, 7 to both sides of about the integrand's peak. The integrand is smooth on a scale of
-    1/7, whatever a is, so half the step changes the result by less than 1e-9 nats.
-    """
+    1/7, whatever a is, so half the step changes the result by less than 1e-9 nats."""
     a = amount.double()[:, None, None, None]
     low = (torch.where(levels == 0, -math.inf, levels - 0.5) - mean.double()) / a
     high = (torch.where(levels == 255, math.inf, levels + 0.5) - mean.double()) / a
@@ -148,10 +144,8 @@ class Image:
 
     def approximation(self) -> tuple[Tensor, Tensor]:
         """One step of Fisher scoring from the own scene, [19], and I + Fisher information there, [19, 19].
-
         With a^2 (11^T + I/16) + I/12 for the covariance of a pixel's colours (I/12: rounding), and without saturated
-        levels, of which a normal approximation knows nothing.
-        """
+        levels, of which a normal approximation knows nothing."""
         d = len(self.own)
         steps = SMALL * torch.eye(d, dtype=torch.float64)
         nearby = torch.cat([self.own[None], self.own + steps, self.own - steps])
@@ -175,9 +169,7 @@ class Image:
 
     def log_weights(self, centre: Tensor, precision: Tensor, width: float, noise: Tensor) -> Tensor:
         """log p(xi) P(image | xi) / q(xi) at draws of q, made of noise [K, 19] ~ N(0, I). [K], nats.
-
-        q = N(centre, width^2 precision^-1); precision = L L^T, so L^-T noise has the covariance precision^-1.
-        """
+        q = N(centre, width^2 precision^-1); precision = L L^T, so L^-T noise has the covariance precision^-1."""
         root = torch.linalg.cholesky(precision)
         xi = centre + width * torch.linalg.solve_triangular(root.T, noise.T, upper=True).T
         log_q = -noise.square().sum(1) / 2 + root.diagonal().log().sum() - len(centre) * math.log(width)
@@ -185,9 +177,7 @@ class Image:
 
     def scene_cost(self, draws: int, pilot: int, generator: torch.Generator) -> float:
         """Upper bound minus -log P(image | own scene), nats, without the choices.
-
-        Of q's centres and widths it takes those that do best on `pilot` draws of their own.
-        """
+        Of q's centres and widths it takes those that do best on `pilot` draws of their own."""
         trial, noise = torch.randn(pilot + draws, 19, generator=generator, dtype=torch.float64).split([pilot, draws])
         scored, precision = self.approximation()
         tries = itertools.product((self.own, scored), (precision,), WIDTHS)

@@ -65,7 +65,7 @@ def main():
     draw_1a(axes[0, 0], folder)
     draw_1b(axes[0, 1], folder)
     model, args = codec.load_model(folder / "bonus")  # of synthetic images: others are not ours to show
-    test = core.load_images("synthetic", "", args.limit, args.seed, batch_size=0).splits["test"][: COLUMNS**2]
+    test = core.load_images("synthetic", "", args.limit, args.seed).splits["test"][: COLUMNS**2]
     codes, _ = model.encoder(core.bin_centres(test[:COLUMNS]))
     draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
     draw_images(axes[0, 2], "bonus: images, 3 drawn from z each", torch.cat([test[:COLUMNS], *draws]))

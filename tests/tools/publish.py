@@ -51,10 +51,13 @@ def write(path, found):
 
 def flags(metrics):
     """The flags of a run that are not at their defaults."""
-    script = metrics["script"]
-    parser = core.Parser(script, images=script not in ("q1a", "q1b"))
-    defaults = vars(parser.parse_args([])) | FURTHER | importlib.import_module(script).DEFAULTS
-    return {k: v for k, v in metrics["args"].items() if k not in UNSAID and v != defaults.get(k)}
+    script, args, images = metrics["script"], metrics["args"], metrics["script"] not in ("q1a", "q1b")
+    defaults = vars(core.Parser(script, images).parse_args([])) | FURTHER | importlib.import_module(script).DEFAULTS
+    if images:
+        untyped = dict.fromkeys(("batch_size", "lr", "muon_lr", "kl_warmup"))
+        by_length, _ = core.image_recipe(argparse.Namespace(**args | untyped), metrics["data"]["train"], "")
+        defaults |= {k: getattr(by_length, k) for k in untyped}
+    return {k: v for k, v in args.items() if k not in UNSAID and v != defaults.get(k)}
 
 
 def folder_name(metrics):
@@ -88,7 +91,7 @@ def measure_jpeg_xl(metrics):
     if not key or key in read(path) or not importlib.util.find_spec("pillow_jxl"):
         return
     importlib.import_module("pillow_jxl")  # teaches Pillow the format
-    data = core.load_images(args["data"], args["data_root"], args["limit"], args["seed"], batch_size=0)
+    data = core.load_images(args["data"], args["data_root"], args["limit"], args["seed"])
     bits = core.codec_bits_per_dim(data.splits["test"][:1000], "JXL", effort=9)
     write(path, read(path) | {key: {"data": data.name, "bpd": bits}})
 
