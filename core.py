@@ -1116,7 +1116,7 @@ def draw_interpolations(model: VAE, test: Tensor, decode: Callable, path: Path) 
     """Between five pairs of test images, ten codes each on a straight line in z and, under a flow, in eps, decoded.
     decode: z [N, C, 8, 8] -> uint8 [N, 3, 32, 32]. -> the images [10, 3, 32, 32] and their posteriors' means."""
     n, t = min(10, len(test)) // 2 * 2, torch.linspace(0, 1, 10, device=test.device).view(10, 1, 1, 1, 1)
-    images = test[torch.linspace(0, len(test) - 1, n).long().to(test.device)]  # neighbours may look alike
+    images = test[torch.linspace(0, len(test) - 1, n).long().to(test.device)]  # far apart: neighbours look alike
     with torch.no_grad():
         codes, _ = model.encoder(bin_centres(images))
         eps, _ = model.prior.z_to_eps(codes)
@@ -1313,8 +1313,8 @@ def image_recipe(args: argparse.Namespace, examples: int, precision: str) -> tup
     unset = {k: float(f"{v:.3g}") for k, v in by_length.items() if getattr(args, k) is None}
     args = argparse.Namespace(**vars(args) | unset | {"batch_size": batch_size})
     schedule, momentum = "constant" if args.handout else "trapezoid", min(0.98, 1 - 0.05 * math.sqrt(short))
-    rates = (args.epochs, batch_size, args.lr, args.muon_lr, schedule, args.kl_warmup)
-    recipe = Recipe(*rates, args.seed, precision, momentum)
+    settings = (args.epochs, batch_size, args.lr, args.muon_lr, schedule, args.kl_warmup, args.seed)
+    recipe = Recipe(*settings, precision, momentum)
     if not args.evaluate:
         check_batch_size(batch_size, examples)
         print(recipe)
