@@ -51,9 +51,9 @@ def write(path, found):
 
 def flags(metrics):
     """The flags of a run that are not at their defaults."""
-    script, args, images = metrics["script"], metrics["args"], metrics["script"] not in ("q1a", "q1b")
+    script, images, args = metrics["script"], "data" in metrics["args"], metrics["args"] | {"evaluate": "this run"}
     defaults = vars(core.Parser(script, images).parse_args([])) | FURTHER | importlib.import_module(script).DEFAULTS
-    if images:
+    if images:  # as with --evaluate, so that nothing is printed
         untyped = dict.fromkeys(("batch_size", "lr", "muon_lr", "kl_warmup"))
         by_length, _ = core.image_recipe(argparse.Namespace(**args | untyped), metrics["data"]["train"], "")
         defaults |= {k: getattr(by_length, k) for k in untyped}
