@@ -44,7 +44,7 @@ IN_KERNEL = "ipykernel" in sys.modules  # Jupyter's or Colab's, which shows figu
 if not IN_KERNEL:
     plt.switch_backend("agg")  # figures go to files alone, whatever the environment says
 
-# ------------------------------------------------- conventions
+# --- conventions
 
 
 class Terms(NamedTuple):
@@ -76,7 +76,7 @@ def fixed_noise(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-# ----------------------------------------------- distributions
+# --- distributions
 
 # Bounds of every learned log std. In the model's units dequantisation's noise has log(1 / (128 sqrt 12)) = -6.09: -7
 # lets a decoder be sharper than the sharpest truth. The widest truth, 1A's long axis, has log 5 = 1.61.
@@ -136,7 +136,7 @@ class StandardNormal(nn.Module):
         return self.eps_to_z(noise(torch.randn, (n, *self.latent_shape), self.zeros.device, generator))
 
 
-# -------------------------------------------- bounds and units
+# --- bounds and units
 
 PIXEL_SCALE = 128  # grey levels that one unit of x spans: x = (level + u) / 128 - 1 lies in [-1, 1]
 
@@ -184,7 +184,7 @@ def standard_error(x: Tensor) -> float:
     return x.std().item() / math.sqrt(len(x))
 
 
-# --------------------------------------------------------- VAE
+# --- VAE
 
 
 class VAE(nn.Module):
@@ -254,7 +254,7 @@ class ImageVAE(VAE):
         return density_to_levels(super().log_p_x(x, z), x[0].numel())
 
 
-# ------------------------------------------------------ blocks
+# --- blocks
 
 
 class GaussianMLP(nn.Module):
@@ -329,7 +329,7 @@ class ConvDecoder(nn.Module):
         return mu, bounded_log_std(raw)
 
 
-# ---------------------------------------------- masks and flow
+# --- masks and flow
 
 
 def causal_mask(mask_type: str, size: int) -> Tensor:
@@ -419,7 +419,7 @@ def check_prior(prior: StandardNormal) -> float:
         return torch.maximum(inverse, (prior.log_prob(z) - expected).abs().max()).item()
 
 
-# -------------------------------------------------------- data
+# --- data
 
 SPLITS = ("train", "valid", "test")
 SVHN_SIZES = (65_931, 7_326, 26_032)
@@ -665,7 +665,7 @@ def render(scenes: dict[str, Tensor], atlas: Tensor) -> Tensor:
     return image.reshape(n, 3, 32, 32)
 
 
-# ---------------------------------------------------- training
+# --- training
 
 EVALUATION_SIZE = 2**20  # numbers in a batch of an evaluation, 341 images: part of what its noise is
 
@@ -786,8 +786,8 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 class Muon(torch.optim.Optimizer):
     """w <- w - lr sqrt(max(1, a / b)) orthogonalise(m) for w [a, b] or [a, b, h, w], with m its Nesterov momentum.
-    Adam moves a kernel along the few directions that its gradients share; here every direction counts alike. K. Jordan
-    et al. 2024 (kellerjordan.github.io/posts/muon)."""
+    Adam moves a kernel along the few directions that its gradients share; here every direction counts alike. Jordan et
+    al. 2024 (kellerjordan.github.io/posts/muon)."""
 
     def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float = 0.95):
         super().__init__(kernels, dict(lr=lr, momentum=momentum))
@@ -854,17 +854,19 @@ def fit(model: Any, splits: dict, recipe: Recipe, path: Path, about: dict, resum
     if resume and path.exists():
         start, curves, best = load_progress(path, about["data"], model, optimisers, steps)
     few = {split: x[: curves["examples"]] for split, x in splits.items()}
-    steps_of_curves = {round(steps * (k / 20) ** 2) for k in range(20)}  # denser early; and one after the last step
+    steps_of_curves = {round(steps * (k / 20) ** 2) for k in range(21)}  # denser early; the last after all steps
     started, saved_at = time.monotonic() - curves["seconds"], -math.inf
     bar = dict(initial=start, total=steps, desc=name or "training", leave=False, disable=True if rank else None)
-    for step in tqdm.auto.tqdm(range(start, steps), **bar):
+    for step in tqdm.auto.tqdm(range(start, steps + 1), **bar):
         epoch, place = divmod(step, steps_per_epoch)
         curves["seconds"] = round(time.monotonic() - started, 1)
         if step in steps_of_curves and add_to_curves(curves, model, few, step, step / steps_per_epoch, path, name):
             best = copy.deepcopy(model.state_dict())
-        if time.monotonic() - saved_at > KEEP_SECONDS:
+        if step == steps or time.monotonic() - saved_at > KEEP_SECONDS:
             save_progress(path, about, step, curves, best, model, optimisers)
             saved_at = time.monotonic()
+        if step == steps:
+            break
         if place == 0 or order is None:
             generator = fixed_noise("order", recipe.seed, epoch)
             order = torch.randperm(len(train), generator=generator, device="cpu").to(device)
@@ -875,10 +877,6 @@ def fit(model: Any, splits: dict, recipe: Recipe, path: Path, about: dict, resum
             optimiser.param_groups[0]["lr"] = peak * SCHEDULES[recipe.schedule](done)
         torch.manual_seed(seed_of("step", recipe.seed, step, rank))
         train_step(model, optimisers, train[batch], recipe.precision, kl_weight, done)
-    curves["seconds"] = round(time.monotonic() - started, 1)
-    if add_to_curves(curves, model, few, steps, recipe.epochs, path, name):
-        best = copy.deepcopy(model.state_dict())
-    save_progress(path, about, steps, curves, best, model, optimisers)
     model.load_state_dict(best)
     return curves
 
@@ -994,7 +992,7 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
     return saved["curves"]
 
 
-# ------------------------------------------- figures and files
+# --- figures and files
 
 
 def claim(out: Path, resume: bool) -> filelock.BaseFileLock:
@@ -1066,26 +1064,29 @@ def save_figure(fig: Any, path: Path) -> None:
     plt.close(fig)
 
 
-def plot_curves(curves: dict[str, Any], floors: dict[str, float], title: str, path: Path) -> None:
+def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], title: str, path: Path) -> None:
     """-ELBO, KL, decoder term, bits/dim, by step, a row for each model; train thin, valid bold, test dashed.
-    floors: what -ELBO is held against, dotted, {label: value}. The highest early points may lie above the axes."""
+    floors: what a model's -ELBO is held against, dotted, {label: value}. The axis of steps is a square root's,
+    as points are denser early. The highest early points may lie above the axes."""
     styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
     n = len(curves)
-    fig, axes = plt.subplots(n, 3, figsize=(11, 0.8 + 3 * n), sharex=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(n, 3, figsize=(11, 0.8 + 3 * n), squeeze=False, layout="constrained")
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
         for ax, key, term in zip(row, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
             for split, style in zip(SPLITS, styles, strict=True):
-                ax.plot(curve["step"], curve[split][key], label=split, marker=".", **style)
+                label = f"{split}, last {curve[split][key][-1]:.3f}"
+                ax.plot(curve["step"], curve[split][key], label=label, marker=".", **style)
             values = np.array([curve[split][key] for split in SPLITS])
             low, high = values.min(), max(np.quantile(values, 0.8), values[:, values.shape[1] // 2 :].max())
-            for label, value in floors.items() if ax is row[0] else ():
+            for label, value in floors.get(name, {}).items() if ax is row[0] else ():
                 low = min(low, value)
                 ax.axhline(value, ls=":", color="k", label=label)
             margin = 0.06 * (high - low) + 1e-3
+            ax.set_xlim(left=0)  # before the root
+            ax.set_xscale("function", functions=(np.sqrt, np.square))
             ax.set(title=f"{name} {term}", xlabel="step", ylabel="bits/dim", ylim=(low - margin, high + margin))
-            if curve["step"][-1]:
-                ax.set_xscale("log", nonpositive="mask")
-        row[0].legend(fontsize=7)
+            ax.locator_params(axis="x", nbins=4)
+            ax.legend(fontsize=7)
     fig.suptitle(title, wrap=True)
     save_figure(fig, path)
 
@@ -1095,7 +1096,7 @@ def plot_image_curves(metrics: dict[str, Any], title: str, out: Path) -> None:
     args, bound = metrics["args"], metrics["final"]["test"]["neg_elbo_bpd"]
     floor = SYNTHETIC_ENTROPY if args["data"] == "synthetic" and not args["evaluate"] else {}
     title = f"{title}, {metrics['data']['name']}\ntest −ELBO {bound:.3f} bits/dim"
-    plot_curves({"": metrics["curves"]}, floor, title, out / "curves.png")
+    plot_curves({"": metrics["curves"]}, {"": floor}, title, out / "curves.png")
 
 
 def save_grid(panels: Iterable[Tensor], columns: int, path: Path, stacked: bool = False) -> None:
@@ -1154,7 +1155,6 @@ def bounds_text(metrics: dict[str, Any]) -> str:
     """The first section of an image script's report: what was trained on what, and what an image costs."""
     args, data, curves, env = metrics["args"], metrics["data"], metrics["curves"], metrics["env"]
     smoke = "**A --smoke run on tiny sizes: its numbers tell nothing.**\n\n" * args["smoke"]
-    unfinished = " **The training was not finished.**" * (curves["epoch"][-1] < args["epochs"])
     machine = "by an earlier run" if args["evaluate"] else f"on {env['device']}, in {env['precision']}"
     codecs = ", ".join(f"{codec} {bits:.3f}" for codec, bits in metrics["test_codecs_bpd"].items())
     rows = "\n".join(
@@ -1164,8 +1164,8 @@ def bounds_text(metrics: dict[str, Any]) -> str:
     gap = metrics["check_prior_nats"]
     verdict = "" if gap <= 1e-6 else " **CHECK FAILED: trust no KL here.**"
     return f"""{smoke}Data: {data["name"]}: {data["train"]:,} train, {data["valid"]:,} validation, {data["test"]:,} test
-images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8, trained to epoch {curves["epoch"][-1]:g} in
-{curves["seconds"]:,.0f} s, {machine}.{unfinished}
+images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8, trained for {curves["epoch"][-1]:g} of
+{args["epochs"]} epochs in {curves["seconds"]:,.0f} s, {machine}.
 
 ## 1. The bound on train, validation and test
 
@@ -1186,7 +1186,7 @@ The first {curves["examples"]:,} images of each split during training; dotted, f
 weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
 
 
-# ------------------------------------------------ command line
+# --- command line
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -32,19 +32,21 @@ def report(metrics: dict[str, Any]) -> str:
 
 ![samples](samples.png)
 
-z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z.
+z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z. N(0, I) draws the 64 positions of z each by
+itself, and those of an image's code depend on each other: the patches do not fit together to a digit.
 
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
 
-True test images at both ends; between them µ(z) on a straight line in z.
+True test images at both ends; between them µ(z) on a straight line in z: one image fades into the other.
 
 ## Reconstructions
 
 ![reconstructions](reconstructions.png)
 
-From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same z.
+From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same z. z keeps shapes and colours, not each
+pixel's noise. The decoder draws that for each colour by itself, so it is coloured; in the images it is nearly grey.
 """
 
 

@@ -11,7 +11,6 @@ identity. Does the prior make a difference, and why? --compare answers by three 
 frozen 2a; (ii) what is in the KL; (iii) what the flow removes from z.
 
     python q2b.py --epochs 20 --compare        ->  results/q2b/report.md, on SVHN (downloaded); 2a is trained too
-    python q2b.py --epochs 20                  ->  2b alone, without the comparison
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
 """
 
@@ -32,7 +31,7 @@ from core import FlowPrior, ImageVAE, StandardNormal, Terms, bits_per_dim, evalu
 DEFAULTS = dict(epochs=20, latents=16, data="svhn")
 SMOKE = dict(epochs=1, limit=48, latents=4, data="synthetic")
 
-# ------------------------- what the prior changes: experiments
+# --- what the prior changes: experiments
 
 
 def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
@@ -47,7 +46,7 @@ def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
 
 
 def with_fitted_flow(a: ImageVAE) -> ImageVAE:
-    """2a with encoder and decoder frozen, and as its prior a flow that is still to be fitted to its codes."""
+    """2a, frozen, with a flow as its prior that is still to be fitted to its codes."""
     fitted = copy.deepcopy(a)
     fitted.encoder.requires_grad_(False)
     fitted.decoder.requires_grad_(False)
@@ -71,7 +70,7 @@ def paired(before: Tensor, after: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Terms) -> dict[str, Any]:
     """What the flow changes on test, paired by image, and what it does to z.
-    a: 2a; fitted: 2a with a flow fitted to its codes; b: 2b, with its terms on test."""
+    fitted: 2a with a flow fitted to its codes; of_b: 2b's terms on test."""
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
     named = {"2a": of_a, "2a_fitted_flow": of_fitted, "2b": of_b}
     z_of_a, z_of_b = (torch.cat([z for _, z, _, _ in core.posteriors(model, test[:1000])]) for model in (a, b))
@@ -114,7 +113,7 @@ def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
     core.save_figure(fig, path)
 
 
-# -------------------------------------- figures and the report
+# --- figures and the report
 
 
 def change_of(what: str, change: dict[str, float]) -> str:
@@ -138,8 +137,8 @@ def comparison_text(found: dict[str, Any]) -> str:
 |---|---|
 {rows}
 
-Same data, arguments, batches and noise; one seed. ± is one standard error over images; "lowers" and "raises" ask for
-two. 2a's own report comes from `q2a.py --resume`.
+Same data, arguments, batches and noise; one seed, one length of training. ± is one standard error over images; "lowers"
+and "raises" ask for two.
 
 ![comparison](experiments.png)
 
@@ -148,11 +147,10 @@ two. 2a's own report comes from `q2a.py --resume`.
 this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from training all three together.
 
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
-about its image, plus KL(q(z) || r), how far all codes together lie from r. For 2a it is {kl["2a"]:,.0f} bits per image
-with r = N(0, I), and {kl["2a_fitted_flow"]:,.0f} with r the flow fitted to the same codes. So 2a's z tells at most
-{kl["2a_fitted_flow"]:,.0f} bits, and at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits of 2a's KL say nothing about
-the image; they pay for codes that do not follow N(0, I). 2b's z tells at most {kl["2b"]:,.0f} bits; two upper bounds
-do not say whose z tells more.
+about its image, plus how far all codes together lie from r. 2a's KL to N(0, I) is {kl["2a"]:,.0f} bits per image, to
+the flow fitted to the same codes {kl["2a_fitted_flow"]:,.0f}. So at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits
+of 2a's KL say nothing about the image; they pay for codes that do not follow N(0, I). 2a's z tells at most
+{kl["2a_fitted_flow"]:,.0f} bits, 2b's at most {kl["2b"]:,.0f}: two upper bounds do not say whose tells more.
 
 **(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (mean over both sides
 and channels of absolute values); of ε, after the flow, by {after:.3f} (by chance: about
@@ -175,19 +173,22 @@ def report(metrics: dict[str, Any]) -> str:
 
 ![samples](samples.png)
 
-z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z.
+z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z. The flow draws each position of z to fit
+those before it, so that neighbouring patches can belong together.
 
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
 
-True test images at both ends; between them µ(z) on a straight line: above in z, below in ε, the flow's noise.
+True test images at both ends; between them µ(z) on a straight line: above in z, below in ε, the flow's noise. In z one
+image fades into the other; in ε the middle is nearer to 0 than draws of N(0, I) are: little is in it.
 
 ## Reconstructions
 
 ![reconstructions](reconstructions.png)
 
-From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same z.
+From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same z. As in 2a, z keeps shapes and colours;
+the decoder's noise is coloured, that of the images nearly grey.
 
 ## Does the autoregressive prior make a difference, and why?
 
@@ -195,7 +196,7 @@ From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same
 """
 
 
-# -------------------------------------------------------- main
+# --- main
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -166,7 +166,7 @@ def test_the_table_says_that_the_kl_falls_only_where_it_clearly_does():
 def test_a_code_is_said_to_be_used_and_to_pay_only_where_it_clearly_is_and_does():
     def said(cost, error, above):
         return bonus.code_text({
-            "args": {"blind": 1.0}, "final": {"test": {"neg_elbo_bpd": 4.0, "kl_bpd": 1.0}},
+            "args": {"blind": 1.0}, "final": {"test": {"neg_elbo_bpd": 4.0, "kl_bpd": 1.0, "recon_bpd": 3.0}},
             "another_code_costs_bpd": cost, "another_code_costs_se_bpd": error,
             "no_code": {"neg_elbo_bpd": 4.0 + above, "above_bpd": above, "above_se_bpd": 0.01},
         })  # fmt: skip

@@ -70,7 +70,7 @@ def test_log_weights_have_the_moments_of_log_w_and_their_exponential_is_p_of_x_o
 
 
 def test_both_bounds_of_the_same_draws_have_their_own_expectations_and_errors(model):
-    """Of IWAE-K and the effective sample size, against four times as many draws of torch.distributions."""
+    """Of IWAE-K, against four times as many draws of torch.distributions."""
     x = TRUTH.sample((12,))
     found, own, floor = q1b.compare_bounds(model, x), log_w(x, q(x).sample((40_000,))), -q1b.true_log_prob(x)
 
@@ -94,8 +94,6 @@ def test_both_bounds_of_the_same_draws_have_their_own_expectations_and_errors(mo
     for mean, groups in zip(means, neg_iwae.values(), strict=True):
         assert abs(mean - expected(groups)[0]) < 5 * expected(groups)[2]
     assert means[0] - means[1] > 10 * expected(neg_iwae[1])[2]  # control: K = 1 and K = 2 are told apart
-    effective = (1 / (in_groups[100].softmax(1) ** 2).sum(1)).mean().item()
-    assert found["effective_samples_of_100"] == pytest.approx(effective, rel=0.02) and 20 < effective < 80
 
 
 def test_bounds_of_points_are_exact_up_to_the_stated_error_of_the_draws(model):
@@ -162,9 +160,6 @@ def test_1a_what_is_measured_of_a_code_is_what_its_model_says():
     decoded, spread = mean @ (4 * A).T + B, ((4 * A * noise) ** 2).sum(1)  # of the mean of z, and z's variance decoded
     posterior = decoder_term((x - decoded) ** 2 + spread)
     shuffled = decoder_term((x[:, None] - decoded) ** 2 + spread)  # all pairs
-    prior = decoder_term((x - B) ** 2 + ((4 * A) ** 2).sum(1))
-    for name, bpd in (("posterior", posterior), ("shuffled", shuffled), ("prior", prior)):
-        assert found[f"recon_z_{name}_bpd"] == pytest.approx(bpd, rel=0.04), name
     cost, error = found["shuffling_costs_bpd"], found["shuffling_costs_se_bpd"]
     assert abs(cost - (shuffled - posterior)) < 4 * error < 0.3 * cost
     variances, axes = torch.linalg.eigh(covariance)

@@ -65,7 +65,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong; and the tests to run, if not
     ("1A's true covariance of the other turn", "q1a.py", "TURN[data].T @ np.diag(STD**2) @ TURN[data]", "TURN[data] @ np.diag(STD**2) @ TURN[data].T"),
     ("1A's floor with the wrong sign", "q1a.py", "return -torch.distributions.MultivariateNormal", "return torch.distributions.MultivariateNormal"),
     ("1A's least code by the largest eigenvalue", "q1a.py", "np.linalg.eigvalsh(covariance)[:1]", "np.linalg.eigvalsh(covariance)[1:]"),
-    ("1A's shuffled codes are the own ones", "q1a.py", '"shuffled": z.roll(1, 0)', '"shuffled": z'),
+    ("1A's shuffled codes are the own ones", "q1a.py", 'model.log_p_x(x, z.roll(1, 0)), 2)', 'model.log_p_x(x, z), 2)'),
     ("1A's explained variance of the mean code", "q1a.py", "z, _, _ = model.posterior(x", "_, z, _ = model.posterior(x"),
     ("distance from the floor not paired", "core.py", '"excess_se_bpd": standard_error(excess)', '"excess_se_bpd": standard_error(bits_per_dim(terms.neg_elbo, 2))'),
     ("1B's points with twice the noise", "q1b.py", "-np.sin(t)], 1) + STD * rand", "-np.sin(t)], 1) + 2 * STD * rand"),
