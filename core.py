@@ -1082,9 +1082,9 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], tit
                 low = min(low, value)
                 ax.axhline(value, ls=":", color="k", label=label)
             margin = 0.06 * (high - low) + 1e-3
-            ax.set_xlim(left=0)  # before the root
+            ax.set(xlim=(0, None), ylim=(low - margin, high + margin))  # before the root
             ax.set_xscale("function", functions=(np.sqrt, np.square))
-            ax.set(title=f"{name} {term}", xlabel="step", ylabel="bits/dim", ylim=(low - margin, high + margin))
+            ax.set(title=f"{name} {term}", xlabel="step (root axis)", ylabel="bits/dim")
             ax.locator_params(axis="x", nbins=4)
             ax.legend(fontsize=7)
     fig.suptitle(title, wrap=True)
@@ -1177,8 +1177,8 @@ costs 8. Lossless files of up to 1,000 test images, headers and all, in bits/dim
 {rows}
 
 Upper bounds on the code length of the 8-bit images, in fp32; −ELBO is the sum of the two terms. ± is one standard error
-over images, the noise of one draw each included. Train: its first images, as many as validation has. Check of the
-prior: its log p(z) is {gap:.1g} nats from autograd's (0 up to rounding).{verdict}
+over images, one draw of z each. Train: its first images, as many as validation has. Check of the
+prior: its log p(z) is {gap:.1g} nats from that by autograd's Jacobian.{verdict}
 
 ![curves](curves.png)
 

@@ -146,38 +146,40 @@ points, ± one standard error over them, unless a column says otherwise.
 
 Floor: the true density's mean −log p(x) on the same points. A bound falls below it only by sampling error. The KL is in
 closed form, the decoder term the mean over 64 draws of z per point; the ± includes their error (at most
-{max(f["neg_elbo_mc_se_bpd"] for f in final.values()):.5f}). Curves: one draw for each of the first points of a split.
+{max(f["neg_elbo_mc_se_bpd"] for f in final.values()):.5f}). Curves: one draw for
+each of the first points of a split. Weights: the best on validation, of epochs
+{", ".join(f"{curve['best_epoch']:.1f}" for curve in curves)}.
 
 ## 2. Samples
 
 ![samples](samples.png)
 
-Grey: test data. Blue: x ~ p(x|z), z ~ p(z). Orange: µ(z) of the same z: one point where the code is unused, a line
+Grey: test data. Blue: x ~ p(x|z), z ~ p(z). Orange: µ(z) of the same z: near one point where the code is unused, a line
 along the long axis where it is used.
 
 ## 3. Is the code used, how do we know, and what does it capture?
 
 {chr(10).join(answer(name, f) for name, f in final.items())}
 
-How we know: a code counts as used if another point's z costs more than 0.05 bits/dim and four standard errors.
+How we know: a code counts as used if another point's z costs more than both 0.05 bits/dim and four standard errors.
 
 ![evidence](evidence.png)
 
-Above: the colour is the encoder's mean of the latent that costs most; where all points have one colour, it tells
-nothing. Below, of 12 draws z ~ p(z): µ(z) as a dot, ± σ(z) as an ellipse.
+Above: the colour is the encoder's mean of the latent with the larger KL; one colour throughout: unused. Below,
+of 12 draws z ~ p(z): µ(z) as a dot, ± σ(z) as an ellipse.
 
-| model | z₁ costs, bits | z₂ costs, bits | decoder's std of x₁ | of x₂ | at the floor: std of x₁ | of x₂ |
+| model | KL of z₁, bits | of z₂ | decoder's std of x₁ | of x₂ | at the floor: std of x₁ | of x₂ |
 |---|---|---|---|---|---|---|
 {experiments}
 
-"At the floor", from the data's covariance: the decoder of the smallest KL that reaches the floor; larger ones can too.
-Which latent carries the code, and its sign, are arbitrary.
+"At the floor": of the models that reach it, that of the least KL (`least_code`). Which latent carries the code, and
+its sign, are arbitrary.
 """
 
 
 def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], tests: dict[str, Tensor], final: dict, path: Path) -> None:
     """For each model: the data, x ~ p(x|z) and mu(z) for the same z ~ p(z), with equal axes."""
-    fig, axes = plt.subplots(2, 2, figsize=(9, 8.5), sharex=True, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.6), sharex=True, sharey=True, layout="constrained")
     for ax, (name, (x, mean)) in zip(axes.flat, samples.items(), strict=True):
         ax.scatter(*tests[name][: len(x)].numpy().T, s=5, linewidths=0, color="0.75", label="test data")
         ax.scatter(*x.numpy().T, s=2, linewidths=0, color="C0", label="x ~ p(x|z)")
@@ -191,13 +193,13 @@ def plot_samples(samples: dict[str, tuple[Tensor, Tensor]], tests: dict[str, Ten
 @torch.no_grad()
 def plot_evidence(models: dict[str, VAE], tests: dict[str, Tensor], final: dict[str, Any], path: Path) -> None:
     """Above: test points, coloured by the latent of the larger KL. Below: mu(z) and sigma(z) at draws z ~ p(z)."""
-    fig, axes = plt.subplots(2, 4, figsize=(11, 6), sharex=True, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(2, 4, figsize=(11, 5.4), sharex=True, sharey=True, layout="constrained")
     for (above, below), (name, model) in zip(axes.T, models.items(), strict=True):
         x, kl = tests[name][:3000], final[name]["kl_per_latent_bits"]
         latent = int(np.argmax(kl))
         colours = model.encoder(x)[0][:, latent].numpy()
         shown = above.scatter(*x.numpy().T, c=colours, s=3, linewidths=0, vmin=-3, vmax=3)
-        above.set_title(f"{name}\nz{'₁₂'[latent]} costs {kl[latent]:.2f} bits", fontsize=10)
+        above.set_title(f"{name}\nKL of z{'₁₂'[latent]}: {kl[latent]:.2f} bits", fontsize=10)
         mu, log_std = model.decoder(model.prior.sample(12, core.fixed_noise("ellipses")))
         below.scatter(*x.numpy().T, s=3, linewidths=0, color="0.85")
         for centre, std in zip(mu, log_std.exp().expand(-1, 2), strict=True):

@@ -129,7 +129,7 @@ def comparison_text(found: dict[str, Any]) -> str:
     names = {"neg_elbo": "−ELBO", "kl": "KL term", "recon": "decoder term", "prior_alone": "KL term, flow on frozen 2a"}
     rows = "\n".join(f"| {names[k]} | {found[k]['bpd']:+.4f} ± {found[k]['se_bpd']:.4f} |" for k in names)
     kl, correlation = found["kl_bits"], found["correlation"]
-    before, after = (np.mean(list(correlation[name].values())) for name in ("2b: z", "2b: ε"))
+    of_2a, before, after = (np.mean(list(by_side.values())) for by_side in correlation.values())
     return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It
 {change_of("the KL term", found["kl"])} and {change_of("the decoder term", found["recon"])}.
 
@@ -137,14 +137,14 @@ def comparison_text(found: dict[str, Any]) -> str:
 |---|---|
 {rows}
 
-Same data, arguments, batches and noise; one seed, one length of training. ± is one standard error over images; "lowers"
-and "raises" ask for two.
+Same data, arguments, batches and noise; one seed. ± is one standard error over images; "lowers" and "raises"
+mean more than two.
 
 ![comparison](experiments.png)
 
 **(i) A better prior, or better codes?** A flow fitted to the codes of a frozen 2a (epochs:
 {found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}; a better flow could save more. Against
-this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from training all three together.
+this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from joint training.
 
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
 about its image, plus how far all codes together lie from r. 2a's KL to N(0, I) is {kl["2a"]:,.0f} bits per image, to
@@ -152,8 +152,8 @@ the flow fitted to the same codes {kl["2a_fitted_flow"]:,.0f}. So at least {kl["
 of 2a's KL say nothing about the image; they pay for codes that do not follow N(0, I). 2a's z tells at most
 {kl["2a_fitted_flow"]:,.0f} bits, 2b's at most {kl["2b"]:,.0f}: two upper bounds do not say whose tells more.
 
-**(iii) What does the flow remove?** Neighbouring positions of z correlate by {before:.3f} in 2b (mean over both sides
-and channels of absolute values); of ε, after the flow, by {after:.3f} (by chance: about
+**(iii) What does the flow remove?** Neighbouring positions of z correlate by {of_2a:.3f} in 2a and {before:.3f} in
+2b (mean over both sides and channels of absolute values); those of 2b's ε by {after:.3f} (by chance: about
 {found["correlation_by_chance"]:.3f}). Below: samples x ~ p(x|z) of 2a (left), which decodes ε directly, and of 2b,
 which passes the same ε through the flow first.
 
@@ -181,7 +181,7 @@ those before it, so that neighbouring patches can belong together.
 ![interpolations](interpolations.png)
 
 True test images at both ends; between them µ(z) on a straight line: above in z, below in ε, the flow's noise. In z one
-image fades into the other; in ε the middle is nearer to 0 than draws of N(0, I) are: little is in it.
+image fades into the other; in ε the middle is nearer to 0 than draws of N(0, I): it decodes to a bland image.
 
 ## Reconstructions
 

@@ -2,8 +2,7 @@
 
     python tests/tools/front.py results  ->  results/published/front.png
 
-Above: 1A's data and samples, 1B's latents, test images under three draws of the bonus from each one's code. Below: test
-images, samples of 2a and of 2b from the same noise.
+Above: 1A, 1B, test images over three draws of the bonus from each one's code. Below: samples of 2a and 2b, same noise.
 """
 
 import argparse
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,11 +33,12 @@ def plane_model(path, hidden, activation):
 
 def draw_1a(ax, folder):
     model = plane_model(folder / "q1a" / "data2_diagonal.pt", q1a.HIDDEN, nn.SiLU)
-    test = core.split_points("data2", q1a.make_points("data2")).splits["test"][:1500]
+    test = core.split_points("data2", q1a.make_points("data2"), 1).splits["test"][:1500]
     x, mean = model.sample(1500, core.fixed_noise("samples"))
-    for points, colour, size in ((test, "0.75", 8), (x, "C0", 4), (mean, "C1", 4)):
-        ax.scatter(*points.numpy().T, linewidths=0, color=colour, s=size)
-    ax.set(title="1A: data, samples, µ(z)", aspect="equal", xticks=[], yticks=[])
+    for points, colour, size, label in ((test, "0.75", 8, "data"), (x, "C0", 4, "samples"), (mean, "C1", 4, "µ(z)")):
+        ax.scatter(*points.numpy().T, linewidths=0, color=colour, s=size, label=label)
+    ax.set(title="1A, data2, diagonal decoder", aspect="equal", xticks=[], yticks=[])
+    ax.legend(fontsize=8, markerscale=3)
 
 
 def draw_1b(ax, folder):
@@ -46,14 +47,14 @@ def draw_1b(ax, folder):
     z = model.posterior(torch.from_numpy(points[:5000]).float(), core.fixed_noise("codes"))[0]
     for label, colour in enumerate(q1b.COLOURS):
         ax.scatter(*z.numpy()[labels[:5000] == label].T, s=4, linewidths=0, color=colour)
-    ax.set(title="1B: latents of three clusters", aspect="equal", xticks=[], yticks=[])
+    ax.set(title="1B, diagonal decoder: codes", aspect="equal", xticks=[], yticks=[])
 
 
 def draw_images(ax, title, images):
-    """uint8 [N, 3, 32, 32] in rows of COLUMNS."""
-    rows = images.unflatten(0, (-1, COLUMNS)).permute(0, 3, 1, 4, 2)  # (rows, 32, COLUMNS, 32, 3)
+    """uint8 [N, 3, 32, 32] in rows of COLUMNS, with a white pixel around each."""
+    rows = F.pad(images, (1, 1, 1, 1), value=255).unflatten(0, (-1, COLUMNS)).permute(0, 3, 1, 4, 2)
     ax.imshow(rows.flatten(2, 3).flatten(0, 1).numpy(), interpolation="nearest")
-    ax.set(title=title, xticks=[], yticks=[])
+    ax.set(title=title, xticks=[], yticks=[], frame_on=False)
 
 
 @torch.no_grad()
@@ -61,14 +62,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="holds q1a, q1b, q2a, q2b and bonus")
     folder = parser.parse_args().results
-    fig, axes = plt.subplots(2, 3, figsize=(9.2, 6.6), layout="constrained")
+    plt.rc("axes", titlesize=10)
+    fig, axes = plt.subplots(2, 3, figsize=(9.2, 6.4), layout="constrained")
     draw_1a(axes[0, 0], folder)
     draw_1b(axes[0, 1], folder)
     model, args = codec.load_model(folder / "bonus")  # of synthetic images: others are not ours to show
     test = core.load_images("synthetic", "", args.limit, args.seed).splits["test"][: COLUMNS**2]
     codes, _ = model.encoder(core.bin_centres(test[:COLUMNS]))
     draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
-    draw_images(axes[0, 2], "bonus: images, 3 drawn from z each", torch.cat([test[:COLUMNS], *draws]))
+    draw_images(axes[0, 2], "bonus: images, draws from their codes", torch.cat([test[:COLUMNS], *draws]))
+    axes[0, 2].set_yticks((17, 51, 85, 119), ("image", "draw", "draw", "draw"), fontsize=8)
     draw_images(axes[1, 0], "test images", test)
     for ax, script, title in ((axes[1, 1], "q2a", "2a: samples, N(0, I)"), (axes[1, 2], "q2b", "2b: samples, flow")):
         x, _ = codec.load_model(folder / script)[0].sample(COLUMNS**2, core.fixed_noise("samples"))

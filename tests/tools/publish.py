@@ -29,16 +29,16 @@ SHOW_NO_DATA = ("curves.png", "samples.png", "experiments.png", "samples_2a_2b.p
 UNSAID = ("out", "device", "smoke", "evaluate", "samples", "data_root", "resume")  # flags that change no number
 FURTHER = {"compare": False, "table_epochs": None}  # flags that add trainings, and their defaults
 COLUMNS = {  # of results/README.md, which has every published run
-    "question, model": "what", "data": "data", "−ELBO, bits/dim": "bound", "KL, bits/dim": "kl",
-    "decoder term, bits/dim": "recon", "reference, bits/dim": "reference", "file on disk, bits/dim": "file",
+    "question, model": "what", "data": "data", "−ELBO": "bound", "± s.e.": "error", "lowest seed": "lowest",
+    "highest seed": "highest", "seeds": "seeds", "KL": "kl", "decoder term": "recon", "floor": "limit",
+    "JPEG XL": "jpeg_xl", "file": "file", "images in it": "images", "their −ELBO": "file_bound",
     "epochs": "epochs", "training, s": "seconds", "threads": "threads", "command": "command",
 }  # fmt: skip
-SHORT_COLUMNS = {  # of README.md, which has one row for each question
-    name: COLUMNS[name] for name in ("question, model", "data", "−ELBO, bits/dim", "file on disk, bits/dim",
-                                     "reference, bits/dim", "training, s", "command")
+SHORT_COLUMNS = {  # of README.md, which has the largest run of each script
+    name: COLUMNS[name] for name in ("question, model", "data", "−ELBO", "KL", "floor", "JPEG XL",
+                                     "file", "seeds", "training, s")
 }  # fmt: skip
-SHORT_MODELS = ("1A, data1, diagonal", "1A, data2, diagonal", "1B, diagonal", "1B, isotropic")
-SHORT_DATA = ", at most 4000 training images"  # of the image models, at the default recipe
+OTHER_RECIPES = {"lr", "muon_lr", "kl_warmup", "batch_size", "handout", "precision"}
 
 
 def read(path):
@@ -88,7 +88,7 @@ def publish(folder, images=True):
 def measure_jpeg_xl(metrics):
     """Of a run's test images, unless they are known."""
     path, key, args = PUBLISHED / "jpeg_xl.json", metrics["data"].get("sha256"), metrics["args"]
-    if not key or key in read(path) or not importlib.util.find_spec("pillow_jxl"):
+    if "data" not in args or key in read(path) or not importlib.util.find_spec("pillow_jxl"):
         return
     importlib.import_module("pillow_jxl")  # teaches Pillow the format
     data = core.load_images(args["data"], args["data_root"], args["limit"], args["seed"])
@@ -116,14 +116,6 @@ def published():
     return [sorted(runs, key=lambda metrics: metrics["args"]["seed"]) for _, runs in sorted(groups.items())]
 
 
-def bound_cell(bounds, short):
-    """Mean over seeds; ± the standard error over test examples, left out of a short cell of several seeds; range."""
-    values, several = [f["neg_elbo_bpd"] for f in bounds], len(bounds) > 1
-    error = "" if short and several else f" ± {statistics.mean(f['neg_elbo_se_bpd'] for f in bounds):.4f}"
-    range_ = f" ({min(values):.4f} to {max(values):.4f}, n = {len(values)})" if several else ""
-    return f"{statistics.mean(values):.4f}{error}{range_}"
-
-
 def command_cell(runs):
     """The command of the first run, and the seeds of all."""
     words = [f"{runs[0]['script']}.py"]
@@ -133,53 +125,58 @@ def command_cell(runs):
     return f"`{' '.join(words)}`{seeds}"
 
 
-def file_cell(runs):
-    """What tests/tools/codec.py made of the first test images, its start-up apart, and the bound on the same."""
+def references(metrics):
+    """For the test images of a run: the file that JPEG XL makes of them; a lower bound on the entropy of their law."""
+    jpeg_xl = read(PUBLISHED / "jpeg_xl.json").get(metrics["data"].get("sha256"))
+    found = {"jpeg_xl": f"{jpeg_xl['bpd']:.3f}"} if jpeg_xl else {}
+    for floor in read(PUBLISHED / "floor.json").values():
+        first_test_image = metrics["data"].get("train", 0) + metrics["data"].get("valid", 0)
+        if metrics["args"].get("data") == "synthetic" and floor["first_image"] == first_test_image:
+            found["limit"] = f"{floor['scene_known']['bpd']:.3f}"
+    return found
+
+
+def file_of(runs):
+    """What tests/tools/codec.py made of the first test images, its start-up included, and the bound on the same."""
     for codec in (metrics["codec"] for metrics in runs if metrics["codec"]):
         bits = codec["bits_per_dim"]
-        file, bound = bits["file without the start-up"], bits["bound as in the reports (core.evaluate)"]
-        return f"{file:.4f} ({codec['images']} images; −ELBO there {bound:.4f})"
-    return ""
+        bound = bits["bound as in the reports (core.evaluate)"]
+        return {"file": f"{bits['file on disk']:.3f}", "images": codec["images"], "file_bound": f"{bound:.3f}"}
+    return {}
 
 
-def references(metrics):
-    """For the test images of a run: what lossless codecs make of them, and two bounds on the entropy of their law."""
-    jpeg_xl = read(PUBLISHED / "jpeg_xl.json").get(metrics["data"]["sha256"])
-    codecs = metrics["test_codecs_bpd"] | ({"JPEG XL": jpeg_xl["bpd"]} if jpeg_xl else {})
-    found = {codec: f"{codec} {bits:.3f}" for codec, bits in codecs.items()}
-    for floor in read(PUBLISHED / "floor.json").values():
-        first_test_image = metrics["data"]["train"] + metrics["data"]["valid"]
-        if metrics["args"]["data"] == "synthetic" and floor["first_image"] == first_test_image:
-            low, cost = floor["scene_known"]["bpd"], floor["scene_costs_at_most"]["bpd"]
-            found["entropy"] = f"entropy {low:.3f} to {low + cost:.3f}"
-    return found
+def largest():
+    """Of each script, the published runs of the default recipe with the most training examples."""
+    found = {}
+    for runs in sorted(published(), key=lambda runs: runs[0]["data"].get("train", 0)):
+        if not OTHER_RECIPES & set(flags(runs[0])):
+            found[runs[0]["script"]] = runs
+    return [found[script] for script in SCRIPTS if script in found]
 
 
 def rows(short=False):
     """The cells of every row: for each group of runs, one; of 1A and 1B one for each model."""
-    for runs in published():
+    for runs in largest() if short else published():
         first, plane = runs[0], runs[0]["script"] in ("q1a", "q1b")
         curves = first["curves"].values() if plane else [first["curves"]]
-        row = {
-            "data": first["data"].get("name", "Gaussian"), "file": file_cell(runs), "epochs": first["args"]["epochs"],
+        row = dict.fromkeys(COLUMNS.values(), "") | {
+            "data": first["data"].get("name", "Gaussian"), "epochs": first["args"]["epochs"], "seeds": len(runs),
             "seconds": f"{sum(curve['seconds'] for curve in curves):,.0f}", "threads": first["env"]["threads"],
             "command": command_cell(runs),
-        }  # fmt: skip
+        } | references(first) | file_of(runs)  # fmt: skip
         for model in first["final"] if plane else [""]:
             name = first["script"].removeprefix("q").upper() if plane else first["script"].removeprefix("q")
             row["what"] = f"{name}, {model.replace('_', ', ')}" if plane else name
             finals = [metrics["final"][model] if plane else metrics["final"] for metrics in runs]
             bounds = [final.get("test", final) for final in finals]
-            row |= {key: f"{statistics.mean(f[f'{key}_bpd'] for f in bounds):.4f}" for key in ("kl", "recon")}
-            known = {"floor": f"true density {bounds[0]['floor_bpd']:.4f}"} if plane else references(first)
-            if short and not plane:
-                other_recipe = {"lr", "muon_lr", "handout", "precision"} & set(flags(first))
-                if other_recipe or not row["data"].endswith(SHORT_DATA):
-                    continue
-                row["data"] = "4,000 synthetic images"
-                known = {name: text for name, text in known.items() if name in ("JPEG XL", "entropy")}
-            if not short or not plane or row["what"] in SHORT_MODELS:
-                yield row | {"bound": bound_cell(bounds, short), "reference": ", ".join(known.values())}
+            keys = {"bound": "neg_elbo", "error": "neg_elbo_se", "kl": "kl", "recon": "recon"}
+            row |= {cell: f"{statistics.mean(f[f'{key}_bpd'] for f in bounds):.4f}" for cell, key in keys.items()}
+            if len(runs) > 1:
+                by_seed = [f["neg_elbo_bpd"] for f in bounds]
+                row |= {"lowest": f"{min(by_seed):.4f}", "highest": f"{max(by_seed):.4f}"}
+            if plane:
+                row["limit"] = f"{bounds[0]['floor_bpd']:.4f}"
+            yield row
 
 
 def table(short=False):
