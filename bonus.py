@@ -265,14 +265,14 @@ def code_text(metrics: dict[str, Any]) -> str:
 {no_code["neg_elbo_bpd"]:.4f} bits/dim, {above:+.4f} ± {no_code["above_se_bpd"]:.4f} against {bound:.4f} with the code
 (paired by image; one seed each). The code costs {test["kl_bpd"]:.4f}, its KL, and saves the decoder {saved:.4f}."""
     code = 3072 * test["kl_bpd"]
-    return f"""**The code {used}**: given another image's z, an image costs {cost:.4f} ± {error:.4f} bits/dim more (the
-first 4,000 test images, at most).
+    return f"""**The code {used}**: given another image's z, an image costs {cost:.4f} ± {error:.4f} bits/dim more (on
+up to 4,000 test images).
 
 {pays}
 
 The code of a test image holds at most {code:,.0f} of the {3072 * bound:,.0f} bits that the image costs. To prevent a
-collapse to 0, training added a loss that sees no neighbours (`--blind {metrics["args"]["blind"]:g}`). It asks for more
-in z than pays; as it fades, the KL falls."""
+collapse to 0, training added a loss that sees no neighbours (`--blind {metrics["args"]["blind"]:g}`). It pushes
+more into z than lowers the bound: as it fades, the KL falls."""
 
 
 def report(metrics: dict[str, Any]) -> str:
@@ -287,7 +287,7 @@ Receptive field {args["receptive_field"]}, {args["prior"]} prior. {core.bounds_t
 
 ![samples](samples.png)
 
-x ~ p(x|z), z ~ p(z). Texture and edges are the PixelCNN's, which sees near pixels; larger things have to come from z.
+x ~ p(x|z), z ~ p(z). Texture and edges are the PixelCNN's, which sees near pixels; larger shapes have to come from z.
 
 ## 3. Interpolations
 
@@ -301,7 +301,7 @@ prior) in ε, the flow's noise.
 ![lossy](lossy.png)
 
 From above: test images; three draws x ~ p(x|z) from each one's code; the second and third minus the first, around grey.
-What the draws share is in z; what differs is lost.
+What the draws share is in z; what differs (noise, often the whole image's tint) is lost.
 
 ## What goes into z, and what the receptive field leaves to it
 

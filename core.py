@@ -1009,9 +1009,7 @@ def claim(out: Path, resume: bool) -> filelock.BaseFileLock:
     except OSError as error:
         fail(f"cannot write into {out}: {error.strerror}; choose another --out")
     earlier_run = any(path.suffix in (".json", ".pt") for path in out.iterdir())
-    if resume and not earlier_run:
-        print(f"no earlier run in {out}: this one starts from the beginning")
-    elif earlier_run and not resume:
+    if earlier_run and not resume:
         free = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
         earlier = out.rename(next(path for path in free if not path.exists()))
         out.mkdir()
@@ -1067,7 +1065,7 @@ def save_figure(fig: Any, path: Path) -> None:
 def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], title: str, path: Path) -> None:
     """-ELBO, KL, decoder term, bits/dim, by step, a row for each model; train thin, valid bold, test dashed.
     floors: what a model's -ELBO is held against, dotted, {label: value}. The axis of steps is a square root's,
-    as points are denser early. The highest early points may lie above the axes."""
+    as points are denser early. Early points, but of the KL, may lie above the axes."""
     styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
     n = len(curves)
     fig, axes = plt.subplots(n, 3, figsize=(11, 0.8 + 3 * n), squeeze=False, layout="constrained")
@@ -1078,6 +1076,7 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], tit
                 ax.plot(curve["step"], curve[split][key], label=label, marker=".", **style)
             values = np.array([curve[split][key] for split in SPLITS])
             low, high = values.min(), max(np.quantile(values, 0.8), values[:, values.shape[1] // 2 :].max())
+            high = values.max() if ax is row[1] else high
             for label, value in floors.get(name, {}).items() if ax is row[0] else ():
                 low = min(low, value)
                 ax.axhline(value, ls=":", color="k", label=label)
@@ -1165,7 +1164,8 @@ def bounds_text(metrics: dict[str, Any]) -> str:
     verdict = "" if gap <= 1e-6 else " **CHECK FAILED: trust no KL here.**"
     return f"""{smoke}Data: {data["name"]}: {data["train"]:,} train, {data["valid"]:,} validation, {data["test"]:,} test
 images. {metrics["params"]:,} parameters, z of {args["latents"]} x 8 x 8, trained for {curves["epoch"][-1]:g} of
-{args["epochs"]} epochs in {curves["seconds"]:,.0f} s, {machine}.
+{args["epochs"]} epochs (the KL's weight 1 from epoch {args["kl_warmup"] * args["epochs"]:.3g} on)
+in {curves["seconds"]:,.0f} s, {machine}.
 
 ## 1. The bound on train, validation and test
 
@@ -1178,7 +1178,7 @@ costs 8. Lossless files of up to 1,000 test images, headers and all, in bits/dim
 
 Upper bounds on the code length of the 8-bit images, in fp32; −ELBO is the sum of the two terms. ± is one standard error
 over images, one draw of z each. Train: its first images, as many as validation has. Check of the
-prior: its log p(z) is {gap:.1g} nats from that by autograd's Jacobian.{verdict}
+prior: its log p(z) agrees with the one by autograd's Jacobian within {gap:.1g} nats.{verdict}
 
 ![curves](curves.png)
 
@@ -1344,7 +1344,5 @@ def choose_machine(device: str, precision: str = "fp32", threads: int = THREADS)
         native = any(check() for check in checks)
     if precision == "auto":
         precision = "bf16" if native and device != "mps" else "fp32"
-    elif precision == "bf16" and not native:
-        print("warning: this machine emulates bf16, slowly; --precision fp32 is faster")
     print(f"on {device}, {torch.get_num_threads()} threads, {precision} training steps")
     return device, precision

@@ -32,14 +32,14 @@ def report(metrics: dict[str, Any]) -> str:
 
 ![samples](samples.png)
 
-z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z. N(0, I) draws the 64 positions of z each by
-itself, and those of an image's code depend on each other: the patches do not fit together to a digit.
+z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z. In an image's code the 64 positions of z
+depend on each other; N(0, I) draws them independently: patches that do not fit together.
 
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
 
-True test images at both ends; between them µ(z) on a straight line in z: one image fades into the other.
+True test images at both ends; between them µ(z) on a straight line between their codes' means: a fade.
 
 ## Reconstructions
 
@@ -47,6 +47,7 @@ True test images at both ends; between them µ(z) on a straight line in z: one i
 
 From above: test images; µ(z) at the posterior's mean z; x ~ p(x|z) of the same z. z keeps shapes and colours, not each
 pixel's noise. The decoder draws that for each colour by itself, so it is coloured; in the images it is nearly grey.
+Codecs predict a pixel from its neighbours and colours from each other; here, given z, each is coded by itself.
 """
 
 

@@ -93,9 +93,10 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
 def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
     """(i) where the difference comes from; (ii) what is in the KL; (iii) correlation of neighbours."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
-    bars = {"2b − 2a": found["neg_elbo"], "a better\nprior alone": found["prior_alone"], "the rest": found["rest"]}
-    errors = [2 * bar["se_bpd"] for bar in bars.values()]
-    axes[0].bar(list(bars), [bar["bpd"] for bar in bars.values()], yerr=errors, capsize=4, color="0.6")
+    names = ("2b − 2a", "a better\nprior alone", "joint training,\nat most")
+    bars = [found[part] for part in ("neg_elbo", "prior_alone", "rest")]
+    errors = [2 * bar["se_bpd"] for bar in bars]
+    axes[0].bar(names, [bar["bpd"] for bar in bars], yerr=errors, capsize=4, color="0.6")
     axes[0].axhline(0, color="k", lw=0.8)
     axes[0].set(title="(i) change of −ELBO, ± 2 s.e.", ylabel="bits/dim")
     kl = found["kl_bits"]
@@ -137,20 +138,21 @@ def comparison_text(found: dict[str, Any]) -> str:
 |---|---|
 {rows}
 
-Same data, arguments, batches and noise; one seed. ± is one standard error over images; "lowers" and "raises"
-mean more than two.
+Same data, arguments, batches and noise; one seed. ± is one standard error over images, "lowers" and "raises"
+mean more than two; other seeds can differ by more.
 
 ![comparison](experiments.png)
 
 **(i) A better prior, or better codes?** A flow fitted to the codes of a frozen 2a (epochs:
 {found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}; a better flow could save more. Against
-this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from joint training.
+this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from joint training. A
+prior that fits makes each bit of z cheaper: more can be stored there, and the decoder term falls (not tested apart).
 
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
 about its image, plus how far all codes together lie from r. 2a's KL to N(0, I) is {kl["2a"]:,.0f} bits per image, to
 the flow fitted to the same codes {kl["2a_fitted_flow"]:,.0f}. So at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits
 of 2a's KL say nothing about the image; they pay for codes that do not follow N(0, I). 2a's z tells at most
-{kl["2a_fitted_flow"]:,.0f} bits, 2b's at most {kl["2b"]:,.0f}: two upper bounds do not say whose tells more.
+{kl["2a_fitted_flow"]:,.0f} bits, 2b's at most {kl["2b"]:,.0f}: whose tells more is not known.
 
 **(iii) What does the flow remove?** Neighbouring positions of z correlate by {of_2a:.3f} in 2a and {before:.3f} in
 2b (mean over both sides and channels of absolute values); those of 2b's ε by {after:.3f} (by chance: about
@@ -174,14 +176,15 @@ def report(metrics: dict[str, Any]) -> str:
 ![samples](samples.png)
 
 z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z. The flow draws each position of z to fit
-those before it, so that neighbouring patches can belong together.
+those before it, z_i = t_i(z_<i) + exp(s_i(z_<i)) ε_i, so that neighbouring patches can belong together.
 
 ## 3. Interpolations
 
 ![interpolations](interpolations.png)
 
-True test images at both ends; between them µ(z) on a straight line: above in z, below in ε, the flow's noise. In z one
-image fades into the other; in ε the middle is nearer to 0 than draws of N(0, I): it decodes to a bland image.
+True test images at both ends; between them µ(z) on a straight line between their codes' means: above in z, below in ε,
+the flow's noise. In z one image fades into the other; in ε the middle is nearer to 0 than draws of N(0, I): less is in
+it.
 
 ## Reconstructions
 

@@ -76,16 +76,26 @@ def of(folders, keys, how=list):
 ends = partial(np.quantile, q=(0, 1))
 FULL, BOUND, NO_CODE, COST = "q2b_synthetic", "final/test/neg_elbo_bpd", "no_code/above_bpd", "another_code_costs_bpd"
 GAIN, PRIOR, SHORT = "against_2a/neg_elbo/bpd", "against_2a/prior_alone/bpd", "q2b_synthetic_4000*"
+
+
+def lead_of_diagonal(bound):  # over the isotropic decoder of 1B, on its first 100 test points, by seed
+    return np.subtract(*(of("q1b*", f"final/{name}/first100/{bound}_bpd") for name in ("isotropic", "diagonal")))
+
+
 USES_Z = ("data1_isotropic", "data2_diagonal", "data2_isotropic")
 PROSE = {  # README's words, and the numbers in them
     "code (KL {:.2f} bits/dim)": of("q1a*", "final/data1_diagonal/kl_bpd", np.mean),
     "axis into z ({:.2f} to {:.2f}). All": ends([of("q1a*", f"final/{model}/kl_bpd", np.mean) for model in USES_Z]),
+    "seeds, by {:.3f} (median)": np.median(lead_of_diagonal("neg_elbo")),
+    "lead shrinks to {:.4f}": np.median(lead_of_diagonal("neg_iwae100")),
+    "decoder at {:.3f}": of("q1b_seed_10", "final/isotropic/test/neg_elbo_bpd"),
+    "z₂ ({:.2f} bits)": [f[1] for f in of("q1b", "final/isotropic/kl_per_latent_bits")],
     "lowers −ELBO by {:.3f} bits/dim on 65,931": of(FULL, GAIN), "by {:.3f} to {:.3f} on 4,000": of(SHORT, GAIN, ends),
     "2a gains {:.3f} of": of(FULL, PRIOR), "only {:.3f} to {:.3f} of the second": of(SHORT, PRIOR, ends),
     "image costs {:.2f} to {:.2f} bits/dim more": of("bonus*", COST, ends),
     "better, by {:.4f} on 65,931": of("bonus_synthetic_1*", NO_CODE),
     "by {:.3f} to {:.3f} on small sets": ends(of("bonus_synthetic_4*", NO_CODE) + of("bonus_svhn*", NO_CODE)),
-    "It ends at {:.1f} to {:.1f} bits/dim on test": of(SHORT, BOUND, ends),
+    "It ends near {:.1f} bits/dim on test": of(SHORT, BOUND, np.mean),
     "2a {:.2f} to {:.2f}, 2b": of("q2a_svhn*", BOUND, ends), "2b {:.2f} to {:.2f}, b": of("q2b_svhn*", BOUND, ends),
     "bonus {:.2f} to {:.2f} (JPEG XL": of("bonus_svhn*", BOUND, ends),
     "2b ends at {:.3f} bits/dim, without": of(FULL, BOUND),
@@ -93,12 +103,8 @@ PROSE = {  # README's words, and the numbers in them
 }  # fmt: skip
 
 
-def test_by_elbo_1bs_diagonal_decoder_is_better_on_each_of_twenty_seeds_and_by_iwae_the_two_tie():
-    by_elbo, by_iwae = (
-        np.subtract(*(of("q1b*", f"final/{name}/first100/{bound}_bpd") for name in ("isotropic", "diagonal")))
-        for bound in ("neg_elbo", "neg_iwae100")
-    )
-    assert len(by_elbo) == 20 and (by_elbo > 0).all() and abs(by_iwae.mean()) < 2 * by_iwae.std() / 19**0.5
+def test_by_elbo_1bs_diagonal_decoder_is_better_on_each_of_twenty_seeds():
+    assert len(lead_of_diagonal("neg_elbo")) == 20 and (lead_of_diagonal("neg_elbo") > 0).all()
 
 
 @pytest.mark.parametrize("words", PROSE)
