@@ -1009,7 +1009,9 @@ def claim(out: Path, resume: bool) -> filelock.BaseFileLock:
     except OSError as error:
         fail(f"cannot write into {out}: {error.strerror}; choose another --out")
     earlier_run = any(path.suffix in (".json", ".pt") for path in out.iterdir())
-    if earlier_run and not resume:
+    if resume and not earlier_run:
+        print(f"nothing to resume in {out}: starting anew")
+    elif earlier_run and not resume:
         free = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
         earlier = out.rename(next(path for path in free if not path.exists()))
         out.mkdir()
@@ -1170,13 +1172,13 @@ in {curves["seconds"]:,.0f} s, {machine}.
 ## 1. The bound on train, validation and test
 
 **A test image costs at most {metrics["final"]["test"]["neg_elbo_bpd"]:.3f} bits/dim, on average.** A uniform guess
-costs 8. Lossless files of up to 1,000 test images, headers and all, in bits/dim: {codecs}.
+costs 8. Lossless files of up to 1,000 test images, in bits/dim: {codecs}.
 
 | split | −ELBO, bits/dim | KL term | decoder term |
 |---|---|---|---|
 {rows}
 
-Upper bounds on the code length of the 8-bit images, in fp32; −ELBO is the sum of the two terms. ± is one standard error
+Upper bounds on the code length of the 8-bit images, in fp32. ± is one standard error
 over images, one draw of z each. Train: its first images, as many as validation has. Check of the
 prior: its log p(z) agrees with the one by autograd's Jacobian within {gap:.1g} nats.{verdict}
 

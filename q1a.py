@@ -64,7 +64,7 @@ def use_of_code(model: VAE, x: Tensor, covariance: np.ndarray) -> dict[str, Any]
     z, mu, log_std = model.posterior(x, core.fixed_noise("codes"))
     kl_i = 0.5 * (mu**2 + torch.exp(2 * log_std) - 1) - log_std  # (N, 2), nats
     cost = bits_per_dim(model.log_p_x(x, z) - model.log_p_x(x, z.roll(1, 0)), 2)
-    axes = torch.from_numpy(np.linalg.eigh(covariance)[1]).flip(1).to(x)  # columns: long axis, short axis
+    axes = torch.from_numpy(np.linalg.eigh(covariance)[1]).flip(1).to(x)
     latent = z.index_select(1, kl_i.mean(0).argmax().view(1))  # (N, 1)
     both = torch.cat([latent, x @ axes], 1)
     both = (both - both.mean(0)) / both.std(0)

@@ -183,8 +183,8 @@ those before it, z_i = t_i(z_<i) + exp(s_i(z_<i)) ε_i, so that neighbouring pat
 ![interpolations](interpolations.png)
 
 True test images at both ends; between them µ(z) on a straight line between their codes' means: above in z, below in ε,
-the flow's noise. In z one image fades into the other; in ε the middle is nearer to 0 than draws of N(0, I): less is in
-it.
+the flow's noise. In z one image fades into the other; in ε the middle is nearer to 0 than draws of N(0, I): less
+detail.
 
 ## Reconstructions
 

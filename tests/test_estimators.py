@@ -141,6 +141,17 @@ def test_every_image_is_decoded_from_anothers_code_also_in_a_last_batch_of_one(b
     assert found["another_code_costs_se_bpd"] == pytest.approx(costs.std().item() / 5**0.5, rel=1e-4)
 
 
+def test_1b_codes_are_described_latent_by_latent_and_label_by_label():
+    labels, log_std, x = np.arange(600) % 3, torch.tensor([-3.0, -2.0]).expand(600, 2), torch.randn(600, 2).cumsum(0)
+    model = core.VAE(Call(lambda x: (x, log_std)), Call(lambda z: (z, z / 2)), core.StandardNormal((2,)))
+    z, found = q1b.describe_codes(model, x, labels)
+    kl = kl_divergence(Normal(x, log_std.exp()), Normal(0.0, 1.0)).mean(0) / math.log(2)
+    assert found["kl_per_latent_bits"] == pytest.approx(kl.tolist(), rel=1e-5)
+    for mine, said in zip((np.sort(z[k::3], 0) for k in range(3)), found["of_labels"], strict=True):
+        assert mine[4, 0] < said["z1"][0] < mine[5, 0] and mine[194, 0] < said["z1"][1] < mine[195, 0]  # 2.5 % outside
+        assert said["decoder_stds"] == pytest.approx(np.exp(mine[99:101] / 2).mean(0), rel=1e-5)
+
+
 def test_1a_what_is_measured_of_a_code_is_what_its_model_says():
     """q's mean is linear in x: so KL, the costs of other codes and r^2 follow from the data's moments."""
     x, covariance = torch.from_numpy(q1a.make_points("data2")[:4000]), torch.from_numpy(q1a.true_covariance("data2"))

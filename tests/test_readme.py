@@ -84,14 +84,15 @@ def lead_of_diagonal(bound):  # over the isotropic decoder of 1B, on its first 1
 
 USES_Z = ("data1_isotropic", "data2_diagonal", "data2_isotropic")
 PROSE = {  # README's words, and the numbers in them
-    "code (KL {:.2f} bits/dim)": of("q1a*", "final/data1_diagonal/kl_bpd", np.mean),
+    "code (KL {:.2f} bits/dim,": of("q1a*", "final/data1_diagonal/kl_bpd", np.mean),
     "axis into z ({:.2f} to {:.2f}). All": ends([of("q1a*", f"final/{model}/kl_bpd", np.mean) for model in USES_Z]),
+    "on {:.0f} of 20 seeds": (lead_of_diagonal("neg_elbo") > 0).sum(),
     "seeds, by {:.3f} (median)": np.median(lead_of_diagonal("neg_elbo")),
     "lead shrinks to {:.4f}": np.median(lead_of_diagonal("neg_iwae100")),
     "decoder at {:.3f}": of("q1b_seed_10", "final/isotropic/test/neg_elbo_bpd"),
     "z₂ ({:.2f} bits)": [f[1] for f in of("q1b", "final/isotropic/kl_per_latent_bits")],
     "lowers −ELBO by {:.3f} bits/dim on 65,931": of(FULL, GAIN), "by {:.3f} to {:.3f} on 4,000": of(SHORT, GAIN, ends),
-    "2a gains {:.3f} of": of(FULL, PRIOR), "only {:.3f} to {:.3f} of the second": of(SHORT, PRIOR, ends),
+    "2a, brings {:.3f} of": of(FULL, PRIOR), "only {:.3f} to {:.3f} of the second": of(SHORT, PRIOR, ends),
     "image costs {:.2f} to {:.2f} bits/dim more": of("bonus*", COST, ends),
     "better, by {:.4f} on 65,931": of("bonus_synthetic_1*", NO_CODE),
     "by {:.3f} to {:.3f} on small sets": ends(of("bonus_synthetic_4*", NO_CODE) + of("bonus_svhn*", NO_CODE)),
@@ -101,10 +102,6 @@ PROSE = {  # README's words, and the numbers in them
     "2b ends at {:.3f} bits/dim, without": of(FULL, BOUND),
     "without the rule at {:.3f}.": of("q2b_synthetic_earlier_recipe", BOUND),
 }  # fmt: skip
-
-
-def test_by_elbo_1bs_diagonal_decoder_is_better_on_each_of_twenty_seeds():
-    assert len(lead_of_diagonal("neg_elbo")) == 20 and (lead_of_diagonal("neg_elbo") > 0).all()
 
 
 @pytest.mark.parametrize("words", PROSE)

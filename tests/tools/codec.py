@@ -15,16 +15,14 @@ The first z is popped from random words of a fixed seed, the stack's start-up: p
 must come back when all is decoded. The file holds the number of images, then the stack's words, each a little-endian
 uint32. Both sides share the weights.
 
-z lies on a grid, SPACING apart in [-REACH, REACH]: about the least std that `core.bounded_log_std` lets q have, so that
-a finer grid gains nothing. constriction gives every symbol a probability of 2^-24 at least, which costs 0.001 bits/dim
-under p(z) with 16 channels. q is offered only the grid within WINDOW std of its mean.
+z lies on a grid in [-REACH, REACH], SPACING apart: about the least std that q can have. constriction gives every symbol
+2^-24 at least: 0.001 bits/dim under p(z) with 16 channels. q is offered only the grid within WINDOW std of its mean.
 
 2a and 2b learn the density of dequantised levels. Here their normal is integrated over each level's bin, the first and
 the last with the tails, and q sees bin centres: fewer bits than the bound by dequantisation.
 
-Both sides must compute the same numbers to the last bit. So they share one walk through p(z) and one through
-P(levels|z): in float64, one image at a time, in the same shapes and order, zeros where nothing is decoded yet; with
-the same torch, machine and number of threads.
+Both sides must compute the same bits. So they share one walk through p(z) and one through P(levels|z): in float64, an
+image at a time, in the same shapes and order, zeros where nothing is decoded yet; with the same torch and machine.
 """
 
 import argparse

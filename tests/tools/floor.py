@@ -9,10 +9,9 @@ a smaller mean -log p(x), since knowing s can only help. Upper bound: for any de
     -log p(x) <= -E log (1/K) sum_k p(s_k) P(x | s_k) / q(s_k),    s_k ~ q,
 
 which a model reaches that knows the generator. This script reports the difference of the two, what the scene itself
-costs, over the first 96 images, K = 16. Here q is set up with the help of the image's own scene, which the inequality
-allows: it holds for every q. Font, digits, presence of neighbours and sign of the ink: q knows them, and they cost
-their log-probability. The other 19 coordinates: a normal around the own scene, or around one step of Fisher scoring
-from there. In coordinates in which the prior is N(0, I), its precision is I + Fisher information.
+costs, over the first 96 images, K = 16. The inequality holds for every q, so q may know the image's own scene. Font,
+digits, presence of neighbours and sign of the ink cost their log-probability. The other 19 coordinates: a normal around
+the own scene, or one step of Fisher scoring from there; where the prior is N(0, I), of precision I + Fisher matrix.
 """
 
 import argparse

@@ -1,6 +1,4 @@
-"""The README's picture, from the checkpoints of a folder of results on synthetic images.
-
-    python tests/tools/front.py results  ->  results/published/front.png
+"""The README's picture, from checkpoints on synthetic images: `front.py results` -> results/published/front.png.
 
 Above: 1A, 1B, test images over three draws of the bonus from each one's code. Below: samples of 2a and 2b, same noise.
 """
@@ -25,7 +23,6 @@ COLUMNS = 6
 
 
 def plane_model(path, hidden, activation):
-    """A model of question 1 with a diagonal decoder."""
     model = core.VAE(*(core.GaussianMLP(hidden, activation) for _ in range(2)), core.StandardNormal((2,)))
     core.load_trained(model, path)
     return model
@@ -51,7 +48,6 @@ def draw_1b(ax, folder):
 
 
 def draw_images(ax, title, images):
-    """uint8 [N, 3, 32, 32] in rows of COLUMNS, with a white pixel around each."""
     rows = F.pad(images, (1, 1, 1, 1), value=255).unflatten(0, (-1, COLUMNS)).permute(0, 3, 1, 4, 2)
     ax.imshow(rows.flatten(2, 3).flatten(0, 1).numpy(), interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[], frame_on=False)

@@ -59,7 +59,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong; and the tests to run, if not
     ("gradients of several processes not averaged", "core.py", "        dist.all_reduce(flat)\n", "", "resume"),
     ("optimiser starts anew on --resume", "core.py", "optimiser.load_state_dict(state)", "pass", "resume"),
     ("checkpoints that run their code", "core.py", "weights_only=True", "weights_only=False", "resume bad_input"),
-    ("earlier results written over", "core.py", "if earlier_run and not resume:", "if False:", "resume"),
+    ("earlier results written over", "core.py", "elif earlier_run and not resume:", "elif False:", "resume"),
     ("interpolation ends before its end", "core.py", "torch.linspace(0, 1, 10,", "torch.linspace(0, 0.9, 10,"),
     ("1A turned the other way", "q1a.py", "[[1, 1], [-1, 1]]", "[[1, -1], [1, 1]]"),
     ("1A's true covariance of the other turn", "q1a.py", "TURN[data].T @ np.diag(STD**2) @ TURN[data]", "TURN[data] @ np.diag(STD**2) @ TURN[data].T"),
