@@ -130,7 +130,7 @@ def comparison_text(found: dict[str, Any]) -> str:
     names = {"neg_elbo": "−ELBO", "kl": "KL term", "recon": "decoder term", "prior_alone": "KL term, flow on frozen 2a"}
     rows = "\n".join(f"| {names[k]} | {found[k]['bpd']:+.4f} ± {found[k]['se_bpd']:.4f} |" for k in names)
     kl, correlation = found["kl_bits"], found["correlation"]
-    of_2a, before, after = (np.mean(list(by_side.values())) for by_side in correlation.values())
+    of_2a, before, after = (np.mean(list(correlation[k].values())) for k in ("2a: z", "2b: z", "2b: ε"))
     return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It
 {change_of("the KL term", found["kl"])} and {change_of("the decoder term", found["recon"])}.
 
