@@ -314,8 +314,8 @@ What the draws share is in z; what differs (noise, often the whole image's tint)
 # --- main
 
 
-def draw_figures(model: LossyVAE, test: Tensor, out: Path) -> None:
-    """100 samples, interpolations of five test pairs, and three draws of each from its code."""
+def draw_figures(model: LossyVAE, test: Tensor, out: Path, samples: int) -> None:
+    """100 samples; of five test pairs, interpolations and three draws from each code; single samples."""
     x = model.draw_levels(model.prior.sample(100, core.fixed_noise("samples")), "pixels")
     core.save_grid((x,), 10, out / "samples.png")
     path = out / "interpolations.png"
@@ -323,6 +323,9 @@ def draw_figures(model: LossyVAE, test: Tensor, out: Path) -> None:
     draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
     differences = [(128 + draw.int() - draws[0].int()).clamp(0, 255).to(torch.uint8) for draw in draws[1:]]
     core.save_grid((images, *draws, *differences), 10, out / "lossy.png", stacked=True)
+    for first in range(0, samples, 100):
+        z = model.prior.sample(min(100, samples - first), core.fixed_noise("single samples", first))
+        core.write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -363,10 +366,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. Figures and report.
     core.plot_image_curves(metrics, "bonus", out)
-    draw_figures(model, test, out)
-    for first in range(0, args.samples, 100):
-        z = model.prior.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
-        core.write_images(model.draw_levels(z, "single pixels", first), out / "samples", first)
+    draw_figures(model, test, out, args.samples)
     core.write_results(out, metrics, report(metrics))
     if args.evaluate:
         return lock.release(force=True)

@@ -603,13 +603,13 @@ def synthetic_batches() -> Iterator[tuple[np.ndarray, Tensor, dict[str, Tensor]]
 
 def draw_scenes(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     """What n scenes are made of, each [n] or [n, k]: u_* from U[0, 1), z_* from N(0, 1), independent."""
-    kinds = {"u": torch.rand, "z": torch.randn}
     shapes: dict[str, tuple[int, ...]] = {  # in this order: it is part of what a seed means
         "u_font": (), "u_digits": (3,), "u_scale": (), "u_aspect": (), "z_slant": (), "z_tilt": (), "z_centre": (2,),
         "u_step": (), "u_left": (), "u_right": (), "z_wall": (1,), "z_wall_tint": (3,), "z_sign": (1,),
         "u_contrast": (1,), "z_ink_tint": (3,), "z_light_x": (), "z_light_y": (), "u_blur": (1,), "z_amount": (),
     }  # fmt: skip
-    return {name: kinds[name[0]](n, *shape, generator=generator) for name, shape in shapes.items()}
+    draws = {"u": torch.rand, "z": torch.randn}
+    return {name: draws[name[0]](n, *shape, generator=generator) for name, shape in shapes.items()}
 
 
 def noise_amount(scenes: dict[str, Tensor]) -> Tensor:
@@ -997,7 +997,7 @@ def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
 
 def claim(out: Path, resume: bool) -> filelock.BaseFileLock:
     """Make the folder this run's own until the lock is released; refused if another run is alive there.
-    An earlier run's results are moved, whole, from OUT/q2b to OUT/q2b.1, ...; with resume they stay."""
+    An earlier run's results are moved from OUT/q2b to OUT/q2b.1, ...; with resume they stay."""
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0, is_singleton=True)
     if rank_and_world()[0]:
         return lock
@@ -1069,8 +1069,7 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], tit
     floors: what a model's -ELBO is held against, dotted, {label: value}. The axis of steps is a square root's,
     as points are denser early. Early points, but of the KL, may lie above the axes."""
     styles = (dict(lw=1, color="0.35"), dict(lw=2, color="C0"), dict(lw=2, color="C1", ls="--"))
-    n = len(curves)
-    fig, axes = plt.subplots(n, 3, figsize=(11, 0.8 + 3 * n), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(curves), 3, figsize=(11, 3 * len(curves) + 0.8), squeeze=False, layout="constrained")
     for row, (name, curve) in zip(axes, curves.items(), strict=True):
         for ax, key, term in zip(row, CURVE_KEYS, ("−ELBO", "KL term", "decoder term"), strict=True):
             for split, style in zip(SPLITS, styles, strict=True):
@@ -1125,19 +1124,21 @@ def draw_interpolations(model: VAE, test: Tensor, decode: Callable, path: Path) 
     paths = [torch.lerp(codes[::2], codes[1::2], t).flatten(0, 1)]  # (10 * 5, C, 8, 8)
     if isinstance(model.prior, FlowPrior):
         paths.append(model.prior.eps_to_z(torch.lerp(eps[::2], eps[1::2], t).flatten(0, 1)))
-    first, last = images[None, ::2], images[None, 1::2]  # each (1, 5, 3, 32, 32)
-    columns = [torch.cat([first, decode(z).unflatten(0, (10, -1)), last]) for z in paths]  # each (12, 5, 3, 32, 32)
-    save_grid([x.transpose(0, 1).flatten(0, 1) for x in columns], 12, path, stacked=True)
+    columns = [torch.cat([images[None, ::2], decode(z).unflatten(0, (10, -1)), images[None, 1::2]]) for z in paths]
+    save_grid([x.transpose(0, 1).flatten(0, 1) for x in columns], 12, path, stacked=True)  # x (12, 5, 3, 32, 32)
     return images, codes
 
 
-def draw_image_figures(model: ImageVAE, test: Tensor, out: Path) -> None:
-    """For 2a and 2b: 100 samples, interpolations, reconstructions."""
+def draw_image_figures(model: ImageVAE, test: Tensor, out: Path, samples: int) -> None:
+    """For 2a and 2b: 100 samples, interpolations, reconstructions; single samples."""
     x, mu = model.sample(100, fixed_noise("samples"))
     save_grid((quantise(mu), quantise(x)), 10, out / "samples.png")
     images, codes = draw_interpolations(model, test, lambda z: quantise(model.decode(z)[1]), out / "interpolations.png")
     x, mu = model.decode(codes, fixed_noise("reconstructions"))
     save_grid((images, quantise(mu), quantise(x)), 10, out / "reconstructions.png", stacked=True)
+    for first in range(0, samples, 100):
+        x, _ = model.sample(min(100, samples - first), fixed_noise("single samples", first))
+        write_images(quantise(x), out / "samples", first)
 
 
 def write_images(images: Tensor, folder: Path, first: int) -> None:
@@ -1275,8 +1276,7 @@ def parse_args(parser: Parser, argv: Any, defaults: dict, smoke: dict, file: str
     """The command line -> (arguments, the folder for the results); prints them. Errors: one line, exit status 2.
     What is not typed comes from the run that --resume or --evaluate names, else from --smoke, --handout and `defaults`.
     argv: a list of strings, or None for sys.argv. file: in a run's folder, the checkpoint that holds its arguments."""
-    if argv is None and pasted_into_cell():
-        argv = []
+    argv = [] if argv is None and pasted_into_cell() else argv
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv))
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values))))  # without the defaults

@@ -138,8 +138,7 @@ each of the first points of a split. Weights: the best on validation, of epochs
 
 ![samples](samples.png)
 
-µ(z), of the same z, is near one point where the code is unused, a line
-along the long axis where it is used.
+µ(z), of the same z, is near one point where the code is unused, a line along the long axis where it is used.
 
 ## 3. Is the code used, how do we know, and what does it capture?
 
@@ -240,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     plot_evidence(models, tests, final, out / "evidence.png")
     core.write_results(out, metrics, report(metrics))
     if any(f["excess_bpd"] < -4 * f["excess_se_bpd"] for f in final.values()):
-        raise ValueError("a bound is below its floor by more than four standard errors: a defect")
+        raise ValueError("a bound is four standard errors below its floor: a defect")
     lock.release(force=True)
 
 

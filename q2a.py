@@ -79,10 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. Figures and report.
     core.plot_image_curves(metrics, "2a: standard normal prior", out)
-    core.draw_image_figures(model, test, out)
-    for first in range(0, args.samples, 100):
-        x, _ = model.sample(min(100, args.samples - first), core.fixed_noise("single samples", first))
-        core.write_images(core.quantise(x), out / "samples", first)
+    core.draw_image_figures(model, test, out, args.samples)
     core.write_results(out, metrics, report(metrics))
     lock.release(force=True)
 

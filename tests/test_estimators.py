@@ -72,7 +72,10 @@ def test_log_weights_have_the_moments_of_log_w_and_their_exponential_is_p_of_x_o
 def test_both_bounds_of_the_same_draws_have_their_own_expectations_and_errors(model):
     """Of IWAE-K, against four times as many draws of torch.distributions."""
     x = TRUTH.sample((12,))
-    found, own, floor = q1b.compare_bounds(model, x), log_w(x, q(x).sample((40_000,))), -q1b.true_log_prob(x)
+    z, floor = q(x).sample((40_000,)), -q1b.true_log_prob(x)
+    decoder = Call(lambda z: (z @ A.T + B + 0.1, S.log().expand(len(z), 2)))  # of another model
+    found = q1b.compare_bounds(model, core.VAE(model.encoder, decoder, model.prior), x)
+    own, other = (log_w(x, z) - log_p_x(x, z) + log_p_x(x - shift, z) for shift in (0, 0.1))
 
     def expected(groups):
         """Mean, error over points, and error of q1b's draws, in bits. [G, N] nats."""
@@ -82,6 +85,9 @@ def test_both_bounds_of_the_same_draws_have_their_own_expectations_and_errors(mo
     in_groups = {k: own.unflatten(0, (-1, k)) for k in (1, 2, 10, 100)}  # (G, k, N)
     neg_iwae, neg_elbo = {k: math.log(k) - w.logsumexp(1) for k, w in in_groups.items()}, -in_groups[100].mean(1)
     bounds = {"neg_elbo": neg_elbo, "neg_iwae100": neg_iwae[100], "elbo_gap": neg_elbo - neg_iwae[100]}
+    of_other = other.unflatten(0, (-1, 100))
+    bounds["neg_elbo_minus_diagonal"] = neg_elbo + of_other.mean(1)
+    bounds["neg_iwae100_minus_diagonal"] = neg_iwae[100] - math.log(100) + of_other.logsumexp(1)
     for name, groups in (bounds | {"neg_iwae100_minus_floor": neg_iwae[100] - floor}).items():
         mean, se, of_draws = expected(groups)
         assert abs(found[f"{name}_bpd"] - mean) < 5 * of_draws, name

@@ -76,13 +76,11 @@ def test_1b_true_density_integrates_to_one_and_its_entropy_is_the_points_mean_co
 def test_1b_the_short_run_lays_the_clusters_side_by_side_along_z1():
     points, labels = q1b.make_points()
     splits = core.split_points("three clusters", points[:4500], 1).splits
-    recipe = dict(
-        epochs=10, batch_size=200, lr=1.5e-3, seed=3, muon_lr=q1b.SHORT_MUON_LR, kl_warmup=q1b.SHORT_KL_WARMUP
-    )
+    recipe = dict(muon_lr=q1b.SHORT_MUON_LR, kl_warmup=q1b.SHORT_KL_WARMUP)
 
     def separated(model):
         """The fraction of training points that two cuts through z1 give to their clusters."""
-        train(model, splits, **recipe)
+        train(model, splits, epochs=10, batch_size=200, lr=1.5e-3, seed=3, **recipe)
         with torch.no_grad():
             order = model.encoder(splits["train"])[0][:, 0].argsort().numpy()
         count = np.cumsum(np.eye(3)[labels[order]], 0)  # of each cluster up to a cut

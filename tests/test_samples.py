@@ -73,7 +73,7 @@ def test_figures_show_what_their_captions_say(of_bonus, tmp_path, monkeypatch):
     monkeypatch.setattr(LossyVAE, "draw_levels", draw_levels)
     monkeypatch.setattr(core, "save_grid", lambda x, columns, path, **_: panels.update({path.stem: (columns, [*x])}))
     test = torch.randint(0, 256, (19, 3, 8, 8), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    (bonus.draw_figures if of_bonus else core.draw_image_figures)(model, test, tmp_path)
+    (bonus.draw_figures if of_bonus else core.draw_image_figures)(model, test, tmp_path, 0)
     images, (columns, rows), (_, samples) = test[::2], panels["interpolations"], panels["samples"]
     codes = model.encoder(core.bin_centres(images))[0]
     with torch.no_grad():
