@@ -13,8 +13,6 @@ from bonus import LossyVAE
 from conftest import Call
 from core import FlowPrior, ImageVAE, MaskedConv2d, StandardNormal, VAE, bits_per_dim, evaluate, fixed_noise
 
-# ------------------------------------------------------------------------------------------- distributions and noise
-
 
 def test_normal_log_prob_is_torch_distributions_one_number_an_example_and_integrates_to_one():
     x, mu, log_std = torch.randn(3, 5, 2, 4, dtype=torch.float64)
@@ -61,9 +59,6 @@ def test_noise_is_its_keys_alone_and_without_a_generator_the_global_ones():
     assert core.seed_of("a", 1, 23) != core.seed_of("a", 12, 3)
     torch.manual_seed(7)
     assert torch.equal(core.noise(torch.rand, (2, 3), "cpu"), torch.rand(2, 3, generator=torch.manual_seed(7)))
-
-
-# -------------------------------------------------------------------------------------------------- bounds and units
 
 
 def test_uniform_over_256_levels_is_exactly_8_bits_per_dim():
@@ -153,9 +148,6 @@ def test_means_and_log_stds_of_encoder_and_decoder_are_apart_and_means_have_both
         ):
             (gradient,) = torch.autograd.grad(t.sum(), weight, retain_graph=True)
             assert (gradient.transpose(0, out).flatten(1).abs().sum(1) > 0).tolist() == used
-
-
-# ---------------------------------------------------------------------------------------------------- masks and flow
 
 
 def trained_flow(*latent_shape, strength=0.3):
