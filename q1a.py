@@ -92,8 +92,8 @@ def answer(name: str, f: dict[str, Any]) -> str:
     cost, se = f["shuffling_costs_bpd"], f["shuffling_costs_se_bpd"]
     used = "uses its code" if cost > max(0.05, 4 * se) else "hardly uses its code"
     return (
-        f"- `{name}` **{used}**: with another point's z the decoder term rises by {cost:.3f} ± {se:.3f} bits/dim. The "
-        f"floor needs a KL of {f['least_kl_bpd']:.3f} or more."
+        f"- `{name}` **{used}**: with another point's z the decoder term rises by {cost:.3f} ± {se:.3f} bits/dim. At "
+        f"the floor the KL is at least {f['least_kl_bpd']:.3f}."
     )
 
 
@@ -143,8 +143,8 @@ each of the first points of a split. Weights: the best on validation, of epochs
 ## 3. Is the code used, how do we know, and what does it capture?
 
 **A code is used where the decoder's noise cannot have the data's shape.** data1 has stds {STD[0]:g} and {STD[1]:g}
-along the axes, data2 is data1 turned by 45 degrees. Diagonal noise can have data1's shape. Elsewhere noise fits the
-short axis and z has to make the long one: log₂ {STD[0] / STD[1]:g} bits, {math.log2(STD[0] / STD[1]) / 2:.3f} bits/dim.
+along the axes, data2 is data1 turned by 45 degrees. Diagonal noise can have data1's shape; the other
+three models need z for the long axis: log₂ {STD[0] / STD[1]:g} bits, {math.log2(STD[0] / STD[1]) / 2:.3f} bits/dim.
 
 {chr(10).join(answer(name, f) for name, f in final.items())}
 

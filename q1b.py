@@ -197,8 +197,9 @@ Right, without noise: where µ(z) is a thin line, noise makes the cluster's widt
 
 ## 3. Latents of training data
 
-**z₁ and z₂ cost {kl["diagonal"]} bits in the diagonal model, {kl["isotropic"]} in the isotropic one.** z₁ tells labels
-apart whose ranges do not overlap. The clusters' own std is {STD}; where a decoder has less noise, z makes their spread.
+**z₁ and z₂ cost {kl["diagonal"]} bits in the diagonal model, {kl["isotropic"]} in the isotropic one.** Labels 0 and 1
+are the round clusters, 2 is the arc; z₁ tells apart those whose ranges do not overlap. The clusters' own std is {STD};
+where a decoder has less noise, z makes their spread.
 
 | model | label | 95 % of its z₁ | decoder's median std of x₁ | of x₂ |
 |---|---|---|---|---|

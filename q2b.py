@@ -93,7 +93,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
 def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
     """(i) where the difference comes from; (ii) what is in the KL; (iii) correlation of neighbours."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
-    names = ("2b − 2a", "a better\nprior alone", "joint training,\nat most")
+    names = ("2b − 2a", "flow on\nfrozen 2a", "joint training,\nat most")
     bars = [found[part] for part in ("neg_elbo", "prior_alone", "rest")]
     errors = [2 * bar["se_bpd"] for bar in bars]
     axes[0].bar(names, [bar["bpd"] for bar in bars], yerr=errors, capsize=4, color="0.6")
@@ -145,8 +145,8 @@ mean more than two; other seeds can differ by more.
 
 **(i) A better prior, or better codes?** A flow fitted to the codes of a frozen 2a (epochs:
 {found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}; a better flow could save more. Against
-this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from joint training. A
-prior that fits makes each bit of z cheaper: more can be stored there, and the decoder term falls (not tested apart).
+this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from joint training. Why
+it may: a prior that fits makes bits of z cheaper, so that more of them pay (not tested).
 
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
 about its image, plus how far all codes together lie from r. 2a's KL to N(0, I) is {kl["2a"]:,.0f} bits per image, to
@@ -154,8 +154,8 @@ the flow fitted to the same codes {kl["2a_fitted_flow"]:,.0f}. So at least {kl["
 of 2a's KL say nothing about the image; they pay for codes that do not follow N(0, I). 2a's z tells at most
 {kl["2a_fitted_flow"]:,.0f} bits, 2b's at most {kl["2b"]:,.0f}: whose tells more is not known.
 
-**(iii) What does the flow remove?** Neighbouring positions of z correlate by {of_2a:.3f} in 2a and {before:.3f} in
-2b (mean over both sides and channels of absolute values); those of 2b's ε by {after:.3f} (by chance: about
+**(iii) What does the flow remove?** Neighbouring positions of 2b's z correlate by {before:.3f} (2a's: {of_2a:.3f};
+mean over both sides and channels of absolute values), those of its ε by {after:.3f} (by chance: about
 {found["correlation_by_chance"]:.3f}). Below: samples x ~ p(x|z) of 2a (left), which decodes ε directly, and of 2b,
 which passes the same ε through the flow first.
 

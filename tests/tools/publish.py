@@ -34,7 +34,7 @@ COLUMNS = {  # of results/README.md, which has every published run
     "JPEG XL": "jpeg_xl", "file": "file", "images in it": "images", "their −ELBO": "file_bound",
     "epochs": "epochs", "training, s": "seconds", "threads": "threads", "command": "command",
 }  # fmt: skip
-SHORT = ("what", "data", "bound", "kl", "limit", "jpeg_xl", "file", "seeds", "seconds")
+SHORT = ("what", "data", "bound", "kl", "limit", "jpeg_xl", "file", "file_bound", "seeds", "seconds")
 SHORT_COLUMNS = {name: cell for name, cell in COLUMNS.items() if cell in SHORT}  # of README.md
 OTHER_RECIPES = {"lr", "muon_lr", "kl_warmup", "batch_size", "handout", "precision"}
 
