@@ -34,7 +34,7 @@ def draw_1a(ax, folder):
     x, mean = model.sample(1500, core.fixed_noise("samples"))
     for points, colour, size, label in ((test, "0.75", 8, "data"), (x, "C0", 4, "samples"), (mean, "C1", 4, "µ(z)")):
         ax.scatter(*points.numpy().T, linewidths=0, color=colour, s=size, label=label)
-    ax.set(title="1A, data2, diagonal decoder", aspect="equal", xticks=[], yticks=[])
+    ax.set(title="1A: a line of points", aspect="equal", xticks=[], yticks=[], xlabel="x₁", ylabel="x₂")
     ax.legend(fontsize=8, markerscale=3)
 
 
@@ -44,7 +44,7 @@ def draw_1b(ax, folder):
     z = model.posterior(torch.from_numpy(points[:5000]).float(), core.fixed_noise("codes"))[0]
     for label, colour in enumerate(q1b.COLOURS):
         ax.scatter(*z.numpy()[labels[:5000] == label].T, s=4, linewidths=0, color=colour)
-    ax.set(title="1B, diagonal decoder: codes", aspect="equal", xticks=[], yticks=[])
+    ax.set(title="1B: codes of three clusters", aspect="equal", xticks=[], yticks=[], xlabel="z₁", ylabel="z₂")
 
 
 def draw_images(ax, title, images):
@@ -67,9 +67,9 @@ def main():
     codes, _ = model.encoder(core.bin_centres(test[:COLUMNS]))
     draws = [model.draw_levels(codes, "pixels", k) for k in (1, 2, 3)]
     draw_images(axes[0, 2], "bonus: images, draws from their codes", torch.cat([test[:COLUMNS], *draws]))
-    axes[0, 2].set_yticks((17, 51, 85, 119), ("image", "draw", "draw", "draw"), fontsize=8)
     draw_images(axes[1, 0], "test images", test)
-    for ax, script, title in ((axes[1, 1], "q2a", "2a: samples, N(0, I)"), (axes[1, 2], "q2b", "2b: samples, flow")):
+    titles = {"q2a": "2a: samples, prior N(0, I)", "q2b": "2b: samples, flow prior"}
+    for ax, (script, title) in zip(axes[1, 1:], titles.items(), strict=True):
         x, _ = codec.load_model(folder / script)[0].sample(COLUMNS**2, core.fixed_noise("samples"))
         draw_images(ax, title, core.quantise(x))
     core.save_figure(fig, ROOT / "results" / "published" / "front.png")
