@@ -1020,7 +1020,7 @@ def claim(out: Path, resume: bool) -> filelock.BaseFileLock:
 
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """A file that is never half written: a temporary one, then a rename. Rank 0 alone writes."""
+    """A file that is never half written: a temporary one, then a rename."""
     if not rank_and_world()[0]:
         part = path.with_name(path.name + ".part")
         part.write_bytes(contents)
@@ -1303,10 +1303,10 @@ def parse_args(parser: Parser, argv: Any, defaults: dict, smoke: dict, file: str
 
 def image_recipe(args: argparse.Namespace, examples: int, precision: str) -> tuple[argparse.Namespace, Recipe]:
     """The arguments, completed; and the recipe of a training on so many examples.
-    What is neither typed nor a checkpoint's follows the training's length. Batches: 16, doubled until there are no more
-    than 25,000 steps. Up to 750 steps: peak rates of 2e-3 (Adam) and .012 (Muon), and a KL weight of 1. Beyond, the
-    rates fall with the root of the number of steps; Muon averages gradients over more steps, up to 50 for 20; the KL's
-    weight rises from 0 to 1 in all steps but the last 750, so that the code is used early."""
+    What is neither typed nor a checkpoint's nor a script's default follows the training's length. Batches: 16, doubled
+    until there are no more than 25,000 steps. Up to 750 steps: peak rates of 2e-3 (Adam) and .012 (Muon), and a KL
+    weight of 1. Beyond, the rates fall with the root of the number of steps; Muon averages gradients over more steps,
+    up to 50 for 20; the KL's weight rises from 0 to 1 in all steps but the last 750, so that the code is used early."""
     seen, batch_size = max(1, args.epochs * examples), args.batch_size or 16
     while args.batch_size is None and seen > 25_000 * batch_size:
         batch_size *= 2

@@ -70,7 +70,7 @@ def start_model() -> VAE:
 
 
 def with_decoder(model: VAE, num_log_stds: int) -> VAE:
-    """A copy of an isotropic model whose decoder has `num_log_stds` log stds, equal ones to begin with."""
+    """A copy of an isotropic model whose decoder has `num_log_stds` log stds, equal ones."""
     rows = [0, 1] + [2] * num_log_stds  # of mu and of the log std
     state = model.decoder.state_dict()
     last = [name for name, x in state.items() if len(x) == 3]  # the last layer's weight and bias

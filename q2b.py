@@ -46,7 +46,7 @@ def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
 
 
 def with_fitted_flow(a: ImageVAE) -> ImageVAE:
-    """2a, frozen, with a flow as its prior that is still to be fitted to its codes."""
+    """2a, frozen, with a flow as its prior, still to be fitted to its codes."""
     fitted = copy.deepcopy(a)
     fitted.encoder.requires_grad_(False)
     fitted.decoder.requires_grad_(False)
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     core.draw_image_figures(model, test, out, args.samples)
     core.write_results(out, metrics, report(metrics))
 
-    # 5. The comparison: 2a, 2a with a flow fitted to its codes, and 2b. Then the report again.
+    # 5. The comparison: 2a, 2a with a flow fitted to its codes, and 2b.
     if comparing:
         torch.manual_seed(args.seed)
         model_a = ImageVAE(args.latents, StandardNormal).to(device).to(memory_format=torch.channels_last)

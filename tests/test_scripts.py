@@ -134,7 +134,7 @@ def test_the_flags_of_training_reach_it_and_handout_sets_the_handouts(script, mo
 
     monkeypatch.setattr(core, "fit", fit)
     usual = core.Recipe(20, 16, 2e-3, 0.012, "trapezoid", 0, 0, "bf16", 0.95)
-    assert recipe_of() == usual
+    assert recipe_of() == usual and (recipe_of("--epochs", "3000").kl_warmup > 0.5) == (script != "bonus")
     flags = "--epochs 3 --batch-size 7 --lr 0.5 --muon-lr 0.25 --kl-warmup 0.125 --seed 9 --precision fp32"
     assert recipe_of(*flags.split()) == core.Recipe(3, 7, 0.5, 0.25, "trapezoid", 0.125, 9, "fp32")
     handout = core.Recipe(20, 32, 2e-4, 0.0, "constant", 0, 0, "bf16")

@@ -52,7 +52,7 @@ def flags(metrics):
     script, images, args = metrics["script"], "data" in metrics["args"], metrics["args"] | {"evaluate": "this run"}
     defaults = vars(core.Parser(script, images).parse_args([])) | FURTHER | importlib.import_module(script).DEFAULTS
     if images:  # as with --evaluate, so that nothing is printed
-        untyped = dict.fromkeys(("batch_size", "lr", "muon_lr", "kl_warmup"))
+        untyped = {k: None for k in ("batch_size", "lr", "muon_lr", "kl_warmup") if defaults[k] is None}
         by_length, _ = core.image_recipe(argparse.Namespace(**args | untyped), metrics["data"]["train"], "")
         defaults |= {k: getattr(by_length, k) for k in untyped}
     return {k: v for k, v in args.items() if k not in UNSAID and v != defaults.get(k)}
