@@ -104,7 +104,7 @@ PROSE = {  # words of README and of results/README, and the numbers in them
     "2a, brings {:.3f} of": of(FULL, PRIOR), "and {:.3f} to {:.3f} of the second": of(SHORT, PRIOR, ends),
     "it is {:.3f} of": of(EARLIER, PRIOR), ".099 of {:.3f} on": of(EARLIER, GAIN),
     "image costs {:.2f} to {:.2f} bits/dim more": of("bonus*", COST, ends),
-    "better, by {:.4f} on 65,931": of("bonus_synthetic_1*", NO_CODE), "{:.3f}, is that": of("bonus_synthetic_r*", BOUND),
+    "better, by {:.4f} on 65,931": of("bonus_synthetic_1*", NO_CODE), "{:.3f}, is": of("bonus_synthetic_r*", BOUND),
     "by {:.3f} to {:.3f} on small sets": ends(of("bonus_synthetic_4*", NO_CODE) + of("bonus_svhn*", NO_CODE)),
     "It ends near {:.1f} bits/dim on test": of(SHORT, BOUND, np.mean),
     "2a {:.2f} to {:.2f}, 2b": of("q2a_svhn*", BOUND, ends), "2b {:.2f} to {:.2f}, b": of("q2b_svhn*", BOUND, ends),
