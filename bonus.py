@@ -31,7 +31,7 @@ WIDTH, DEPTH = 128, 3  # channels and gated blocks of the PixelCNN
 GAIN = 8  # enlarges the small differences between neighbours
 RECEPTIVE_FIELDS = (1, 2, 3)  # of the table's rows
 PRIORS = {"normal": StandardNormal, "flow": FlowPrior}
-# kl_warmup: under a KL weight that rises until the end, more stays in z than pays.
+# kl_warmup: under the rule's rising weight, the KL is still falling at the end.
 DEFAULTS = dict(epochs=20, latents=16, data="svhn", receptive_field=3, prior="flow", blind=1, kl_warmup=0.0)
 SMOKE = dict(epochs=1, limit=48, latents=4, data="synthetic", table_epochs=1)
 
@@ -273,7 +273,7 @@ up to 4,000 test images).
 
 The code of a test image holds at most {code:,.0f} of the {3072 * bound:,.0f} bits that the image costs. To prevent a
 collapse to 0, training added a loss that sees no neighbours (`--blind {metrics["args"]["blind"]:g}`). It asks
-for more in z than pays: as it fades, the KL falls."""
+for more in z than the bound does: late in training, as it fades, the KL falls."""
 
 
 def report(metrics: dict[str, Any]) -> str:

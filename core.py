@@ -482,7 +482,7 @@ def load_images(data: str, root: str, limit: int | None, seed: int, only_test: b
 def load_svhn(root: Path) -> list[np.ndarray]:
     """SVHN's cropped digits (Netzer et al. 2011), three uint8 [N, 32, 32, 3], downloaded and checked by torchvision.
     The official train file is split 65,931 / 7,326 by a fixed permutation."""
-    from torchvision.datasets import SVHN  # here, as it takes two seconds
+    from torchvision.datasets import SVHN  # here, as it is slow
 
     first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first_of_machine:  # the first process of each machine downloads for the others
@@ -1020,7 +1020,7 @@ def claim(out: Path, resume: bool) -> filelock.BaseFileLock:
 
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """A file that is never half written: a temporary one, then a rename."""
+    """A file that is never half written: a temporary one, then a rename. Rank 0 alone writes."""
     if not rank_and_world()[0]:
         part = path.with_name(path.name + ".part")
         part.write_bytes(contents)
@@ -1101,7 +1101,7 @@ def plot_image_curves(metrics: dict[str, Any], title: str, out: Path) -> None:
 
 def save_grid(panels: Iterable[Tensor], columns: int, path: Path, stacked: bool = False) -> None:
     """Panels of images, each uint8 [N, 3, 32, 32], side by side or stacked, as a PNG with 2 x 2 dots for a pixel."""
-    from torchvision.utils import make_grid  # here, as it takes two seconds
+    from torchvision.utils import make_grid  # here, as it is slow
 
     grids = [F.pad(make_grid(x.cpu(), columns, padding=1, pad_value=255), (8, 8, 8, 8), value=255) for x in panels]
     picture = torch.cat(grids, 1 if stacked else 2).repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0)

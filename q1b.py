@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     plot_latents(latents, labels, out / "latents.png")
     core.write_results(out, metrics, report(metrics))
     if any(f["test"]["excess_bpd"] < -4 * f["test"]["excess_se_bpd"] for f in final.values()):
-        raise ValueError("a bound is four standard errors below its floor: a defect")
+        raise ValueError("a bound is 4 standard errors below its floor: a defect")
     lock.release(force=True)
 
 

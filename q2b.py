@@ -46,7 +46,7 @@ def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
 
 
 def with_fitted_flow(a: ImageVAE) -> ImageVAE:
-    """2a, frozen, with a flow as its prior, still to be fitted to its codes."""
+    """2a, frozen, with a flow as its prior, to be fitted to its codes."""
     fitted = copy.deepcopy(a)
     fitted.encoder.requires_grad_(False)
     fitted.decoder.requires_grad_(False)
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         core.fit(model_a, splits, recipe, path_2a, {"script": "q2a", "args": of_2a}, resume=True, name="2a")
         torch.manual_seed(args.seed)
         fitted = with_fitted_flow(model_a).to(device).to(memory_format=torch.channels_last)
-        epochs = math.ceil(args.epochs / 3)  # a choice
+        epochs = math.ceil(args.epochs / 3)
         path = out / f"flow_on_2a_of_{args.epochs}_epochs.pt"
         core.fit(fitted, splits, replace(recipe, epochs=epochs, kl_warmup=None), path, about, args.resume, "flow on 2a")
         metrics["against_2a"] = compare(model_a, fitted, model, test, of_test) | {"prior_alone_epochs": epochs}

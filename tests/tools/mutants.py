@@ -80,7 +80,7 @@ MUTANTS = [  # what goes wrong, file, right, wrong; and the tests to run, if not
     ("IWAE of ten samples in place of a hundred", "q1b.py", "-iwae(log_w)", "-iwae(log_w[:10])"),
     ("single samples all of one noise", "core.py", 'fixed_noise("single samples", first)', 'fixed_noise("single samples", 0)', "scripts"),
     ("chance of a correlation without its root", "q2b.py", "math.sqrt(2 / math.pi / (7 * 8 * len(z_of_b)))", "2 / math.pi / (7 * 8 * len(z_of_b))"),
-    ("2a evaluates weights that nobody trained", "q2a.py", "core.load_trained(model, args.evaluate)", 'core.read_checkpoint(Path(args.evaluate))["progress"]["curves"]'),
+    ("2a evaluates weights that nobody trained", "q2a.py", "core.load_trained(model, args.evaluate)", 'core.read_checkpoint(args.evaluate)["curves"]'),
     ("2a of another start in a comparison", "q2b.py", "torch.manual_seed(args.seed)\n        model_a", "torch.manual_seed(args.seed + 1)\n        model_a", "scripts"),
     ("encoder not frozen", "q2b.py", "fitted.encoder.requires_grad_(False)", "pass"),
     ("correlation of a position with itself", "q2b.py", "(z[..., :-1], z[..., 1:])", "(z[..., :-1], z[..., :-1])"),
