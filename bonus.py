@@ -232,7 +232,7 @@ def cost_of_another_code(model: LossyVAE, levels: Tensor) -> dict[str, float]:
     return {"another_code_costs_bpd": cost.mean().item(), "another_code_costs_se_bpd": core.standard_error(cost)}
 
 
-def table_text(rows: list[dict[str, Any]]) -> str:
+def table_text(rows: list[dict]) -> str:
     """Whether the receptive field moves the code, then the table."""
     lines = "\n".join(
         f"| {r['receptive_field']} | {core.with_error(r, 'neg_elbo')} | {core.with_error(r, 'kl')} "
@@ -240,7 +240,7 @@ def table_text(rows: list[dict[str, Any]]) -> str:
         for r in rows
     )
     kl, error = [r["kl_bpd"] for r in rows], math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
-    verdict = "A smaller field did not clearly put more into z."
+    verdict = "These rows do not show that a smaller field puts more into z."
     if kl == sorted(kl, reverse=True) and kl[0] - kl[-1] > 2 * error:
         verdict = "The more of its neighbours a pixel sees, the less goes into z."
     return f"""**{verdict}** Epochs of each row: {rows[0]["epochs"]}; one seed, on test.
@@ -251,7 +251,7 @@ def table_text(rows: list[dict[str, Any]]) -> str:
 """
 
 
-def code_text(metrics: dict[str, Any]) -> str:
+def code_text(metrics: dict) -> str:
     """Whether the code is used, whether it pays, and what it holds."""
     cost, error = metrics["another_code_costs_bpd"], metrics["another_code_costs_se_bpd"]
     used = "is used" if cost > 0.001 + 4 * error else "is not measurably used"
@@ -276,7 +276,7 @@ collapse to 0, training added a loss that sees no neighbours (`--blind {metrics[
 for more in z than the bound does: late in training, as it fades, the KL falls."""
 
 
-def report(metrics: dict[str, Any]) -> str:
+def report(metrics: dict) -> str:
     """The handout's deliverables in its order, every number from metrics."""
     args, rows = metrics["args"], metrics.get("receptive_fields")
     table = table_text(rows) if rows else "No receptive-field table was made (`--table-epochs`)."

@@ -432,7 +432,7 @@ class Data(NamedTuple):
     name: str
     splits: dict[str, Tensor]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict:
         """For metrics.json."""
         return {"name": self.name, **{k: len(x) for k, x in self.splits.items()}, "sha256": sha256_of(self.splits)}
 
@@ -685,11 +685,10 @@ def evaluation_batches(x: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def evaluate_points(model: VAE, x: Tensor) -> tuple[Terms, float]:
+def evaluate_points(model: VAE, x: Tensor, draws: int = 64) -> tuple[Terms, float]:
     """Both terms for points x [N, 2] under the prior N(0, I), with little noise: Terms of [N], nats.
     The KL is in closed form, sum (mu^2 + sigma^2 - 1) / 2 - log sigma; recon is the mean over 64 draws of z. Also the
     standard error, nats, that the draws leave in the mean over points: sqrt(sum_n s_n^2 / 64) / N."""
-    draws = 64
     kl, recon, variances = [], [], []
     for k, some in enumerate(x.split(1000)):
         mu, log_std = model.encoder(some)  # each (B, 2)
@@ -707,6 +706,8 @@ def bounds_of_points(model: VAE, x: Tensor, floor: Tensor) -> dict[str, float]:
     """`evaluate_points`, and how far -ELBO is above floor [N], the true -log p(x), nats; in bits/dim."""
     terms, of_draws = evaluate_points(model, x)
     excess = bits_per_dim(terms.neg_elbo - floor, 2)
+    if excess.mean() < -4 * standard_error(excess):
+        raise ValueError("a bound is 4 standard errors below its floor: a defect")
     return {
         **in_bits(terms, 2),
         "neg_elbo_mc_se_bpd": bits_per_dim(of_draws, 2),
@@ -725,7 +726,7 @@ def posteriors(model: Any, data: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (x, *model.posterior(x, generator))
 
 
-def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict[str, Any]]:
+def measure_images(model: Any, splits: dict[str, Tensor]) -> tuple[Terms, dict]:
     """The terms on test; and for metrics.json, bounds, the check of the prior, and lossless codecs.
     Bounds are of all of validation and test, and of as many images of train as validation has."""
     cut = splits | {"train": splits["train"][: len(splits["valid"])]}
@@ -925,8 +926,7 @@ def add_to_curves(curves: dict, model: Any, splits: dict, step: int, epoch: floa
     return best
 
 
-# Several processes, of torchrun: each takes its part of a batch, with its own noise, and gradients are averaged. All
-# else each does by itself. Rank 0 alone writes and prints.
+# Several processes, of torchrun: each takes its part of a batch, with its own noise, and gradients are averaged.
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -971,7 +971,7 @@ def load_progress(path: Path, data: str, model: nn.Module, optimisers: list[Any]
     return saved["step"], saved["curves"], saved["state"]
 
 
-def read_checkpoint(path: Path, script: str = "") -> dict[str, Any]:
+def read_checkpoint(path: Path, script: str = "") -> dict:
     """What `save_progress` wrote, of this script; no code in it is run (`weights_only`)."""
     try:
         with warnings.catch_warnings():
@@ -985,7 +985,7 @@ def read_checkpoint(path: Path, script: str = "") -> dict[str, Any]:
     return saved
 
 
-def load_trained(model: nn.Module, path: Path | str) -> dict[str, Any]:
+def load_trained(model: nn.Module, path: Path | str) -> dict:
     """Give the model a checkpoint's best weights; return its training's curves."""
     saved = read_checkpoint(Path(path))
     model.load_state_dict(saved["state"])
@@ -1027,7 +1027,7 @@ def write_whole(path: Path, contents: bytes) -> None:
         os.replace(part, path)
 
 
-def write_results(out: Path, metrics: dict[str, Any], report: str = "") -> None:
+def write_results(out: Path, metrics: dict, report: str = "") -> None:
     """metrics.json, in which NaN and infinity are errors; and report.md, once there is a report."""
     write_whole(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     if report:
@@ -1035,7 +1035,7 @@ def write_results(out: Path, metrics: dict[str, Any], report: str = "") -> None:
         print(f"wrote {out / 'report.md'}, its figures and metrics.json")
 
 
-def describe_run(script: str, args: Any, data: dict, device: str, precision: str, *models: nn.Module) -> dict[str, Any]:
+def describe_run(script: str, args: Any, data: dict, device: str, precision: str, *models: nn.Module) -> dict:
     """The head of metrics.json: what ran, on which data and machine."""
     info = Path("/proc/cpuinfo")  # of Linux
     cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
@@ -1064,7 +1064,7 @@ def save_figure(fig: Any, path: Path) -> None:
     plt.close(fig)
 
 
-def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], title: str, path: Path) -> None:
+def plot_curves(curves: dict, floors: dict[str, dict[str, float]], title: str, path: Path) -> None:
     """-ELBO, KL, decoder term, bits/dim, by step, a row for each model; train thin, valid bold, test dashed.
     floors: what a model's -ELBO is held against, dotted, {label: value}. The axis of steps is a square root's,
     as points are denser early. Early points, but of the KL, may lie above the axes."""
@@ -1091,7 +1091,7 @@ def plot_curves(curves: dict[str, Any], floors: dict[str, dict[str, float]], tit
     save_figure(fig, path)
 
 
-def plot_image_curves(metrics: dict[str, Any], title: str, out: Path) -> None:
+def plot_image_curves(metrics: dict, title: str, out: Path) -> None:
     """The curves of an image script; of synthetic data with the bounds of their entropy."""
     args, bound = metrics["args"], metrics["final"]["test"]["neg_elbo_bpd"]
     floor = SYNTHETIC_ENTROPY if args["data"] == "synthetic" and not args["evaluate"] else {}
@@ -1148,12 +1148,12 @@ def write_images(images: Tensor, folder: Path, first: int) -> None:
         write_whole(folder / f"{first + k:04d}.png", as_png(Image.fromarray(image).save))
 
 
-def with_error(found: dict[str, Any], name: str) -> str:
+def with_error(found: dict, name: str) -> str:
     """NAME_bpd and NAME_se_bpd, such as "3.4919 ± 0.0034"."""
     return f"{found[name + '_bpd']:.4f} ± {found[name + '_se_bpd']:.4f}"
 
 
-def bounds_text(metrics: dict[str, Any]) -> str:
+def bounds_text(metrics: dict) -> str:
     """The first section of an image script's report: what was trained on what, and what an image costs."""
     args, data, curves, env = metrics["args"], metrics["data"], metrics["curves"], metrics["env"]
     smoke = "**A --smoke run on tiny sizes: its numbers tell nothing.**\n\n" * args["smoke"]
@@ -1185,8 +1185,8 @@ prior: its log p(z) agrees with the one by autograd's Jacobian within {gap:.1g} 
 
 ![curves](curves.png)
 
-The first {curves["examples"]:,} images of each split during training; dotted, for synthetic data, its entropy. The
-weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
+The first {curves["examples"]:,} images of each split during training, the KL in full; dotted, for synthetic data, its
+entropy. The weights kept are the best on validation, of epoch {curves["best_epoch"]:g}."""
 
 
 # --- command line
@@ -1323,7 +1323,7 @@ def image_recipe(args: argparse.Namespace, examples: int, precision: str) -> tup
     return args, recipe
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+def differences(theirs: dict, ours: dict) -> str:
     """Which arguments of ours differ from theirs, with both values; "" if none does."""
     both = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
     return ", ".join(f"--{k.replace('_', '-')} ({theirs}, now {ours})" for k, (theirs, ours) in both.items())

@@ -6,9 +6,9 @@
 
     -log P(image) <= E_u E_q[log q(z|x) - log p(z) - log p(x|z)] + 3072 ln 128,   x = (levels + u) / 128 - 1
 
-(arXiv:1611.02731, equations 12 to 14). Same encoder, decoder, loss, seed and batches as 2a; the flow starts as the
-identity. Does the prior make a difference, and why? --compare answers by three experiments: (i) a flow fitted to a
-frozen 2a; (ii) what is in the KL; (iii) what the flow removes from z.
+(arXiv:1611.02731, equations 12 to 14). The flow starts as the identity. Does the prior make a difference,
+and why? --compare answers by three experiments: (i) a flow fitted to a frozen 2a; (ii) what is in the KL; (iii) what
+the flow removes from z.
 
     python q2b.py --epochs 20 --compare        ->  results/q2b/report.md, on SVHN (downloaded); 2a is trained too
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
@@ -18,7 +18,6 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,7 +33,7 @@ SMOKE = dict(epochs=1, limit=48, latents=4, data="synthetic")
 # --- what the prior changes: experiments
 
 
-def refuse_another_2a(path: Path, ours: dict[str, Any], data_hash: str) -> None:
+def refuse_another_2a(path: Path, ours: dict, data_hash: str) -> None:
     """2a's checkpoint, if there is one, has to be of the same arguments and data."""
     if path.exists():
         saved = core.read_checkpoint(path, "q2a")
@@ -68,7 +67,7 @@ def paired(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Terms) -> dict[str, Any]:
+def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Terms) -> dict:
     """What the flow changes on test, paired by image, and what it does to z.
     fitted: 2a with a flow fitted to its codes; of_b: 2b's terms on test."""
     of_a, of_fitted = evaluate(a, test), evaluate(fitted, test)
@@ -90,7 +89,7 @@ def compare(a: ImageVAE, fitted: ImageVAE, b: ImageVAE, test: Tensor, of_b: Term
     }
 
 
-def plot_comparison(found: dict[str, Any], title: str, path: Path) -> None:
+def plot_comparison(found: dict, title: str, path: Path) -> None:
     """(i) where the difference comes from; (ii) what is in the KL; (iii) correlation of neighbours."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
     names = ("2b − 2a", "flow on\nfrozen 2a", "joint training,\nat most")
@@ -125,7 +124,7 @@ def change_of(what: str, change: dict[str, float]) -> str:
     return f"{verb} {what} by {abs(change['bpd']):.4f} ± {change['se_bpd']:.4f}"
 
 
-def comparison_text(found: dict[str, Any]) -> str:
+def comparison_text(found: dict) -> str:
     """Does the prior make a difference, and why: answer, table, experiments."""
     names = {"neg_elbo": "−ELBO", "kl": "KL term", "recon": "decoder term", "prior_alone": "KL term, flow on frozen 2a"}
     rows = "\n".join(f"| {names[k]} | {found[k]['bpd']:+.4f} ± {found[k]['se_bpd']:.4f} |" for k in names)
@@ -134,19 +133,21 @@ def comparison_text(found: dict[str, Any]) -> str:
     return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It
 {change_of("the KL term", found["kl"])} and {change_of("the decoder term", found["recon"])}.
 
-| test, paired by image | 2b − 2a, bits/dim |
+**Why?** Patches of an image depend on each other, and so do their codes (iii). N(0, I) charges each as if it stood
+alone (ii); the flow charges what those before it do not tell, even for a finished 2a: (i) says what that brings.
+
+| test, paired by image | change from 2a, bits/dim |
 |---|---|
 {rows}
 
 Same data, arguments, batches and noise; one seed. ± is one standard error over images, "lowers" and "raises"
-mean more than two; other seeds can differ by more.
+mean more than two. Other seeds, lengths and recipes differ by more, above all in how the terms share the gain.
 
 ![comparison](experiments.png)
 
 **(i) A better prior, or better codes?** A flow fitted to the codes of a frozen 2a (epochs:
 {found["prior_alone_epochs"]}) {change_of("the KL term", found["prior_alone"])}; a better flow could save more. Against
-this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from joint training. Why
-it may: a prior that fits makes bits of z cheaper, so that more of them pay (not tested).
+this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from joint training.
 
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
 about its image, plus how far all codes together lie from r. 2a's KL to N(0, I) is {kl["2a"]:,.0f} bits per image, to
@@ -156,13 +157,13 @@ of 2a's KL say nothing about the image; they pay for codes that do not follow N(
 
 **(iii) What does the flow remove?** Neighbouring positions of 2b's z correlate by {before:.3f} (2a's: {of_2a:.3f};
 mean over both sides and channels of absolute values), those of its ε by {after:.3f} (by chance: about
-{found["correlation_by_chance"]:.3f}). Below: samples x ~ p(x|z) of 2a (left), which decodes ε directly, and of 2b,
-which passes the same ε through the flow first.
+{found["correlation_by_chance"]:.3f}). Below: samples of 2a (left), which decodes ε itself, and of 2b, from the same
+ε through the flow.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)"""
 
 
-def report(metrics: dict[str, Any]) -> str:
+def report(metrics: dict) -> str:
     """The handout's deliverables in its order, every number from metrics."""
     comparison = "Not compared. `python q2b.py --resume --compare` trains 2a, but not 2b again, and compares."
     if "against_2a" in metrics:
@@ -176,7 +177,8 @@ def report(metrics: dict[str, Any]) -> str:
 ![samples](samples.png)
 
 z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z. The flow draws each position of z to fit
-those before it, z_i = t_i(z_<i) + exp(s_i(z_<i)) ε_i, so that neighbouring patches can belong together.
+those before it, z_i = t_i(z_<i) + exp(s_i(z_<i)) ε_i, so that neighbouring patches can belong together. One beyond the
+codes of images can drive the next ones further off: a sample that breaks into loud noise.
 
 ## 3. Interpolations
 
