@@ -29,7 +29,7 @@ def commands():
 def test_every_command_runs_at_smoke_size(script, flags, smoke, tmp_path, monkeypatch, undrawn):
     """`results` are those of the smoke runs. A file of noise stands for FILE.npz, and for FOLDER (see test_data.py)."""
     monkeypatch.setattr(q1b, "DRAWS_PER_POINT", 2000)
-    flags = flags.replace("$s", "1").replace("100", "2").replace("results/", f"{smoke[0]}/")
+    flags = flags.replace("100", "2").replace("results/", f"{smoke[0]}/")
     flags = flags.replace("FOLDER", "FILE.npz").replace("FILE.npz", noise_file(tmp_path))
     importlib.import_module(script).main(f"{flags} --smoke --device cpu --epochs 1 --out {tmp_path}".split())
     assert len(list(tmp_path.glob("**/report.md"))) == 1
