@@ -294,15 +294,15 @@ x ~ p(x|z), z ~ p(z). Texture and edges are the PixelCNN's, which sees near pixe
 
 ![interpolations](interpolations.png)
 
-True test images at both ends; between them x ~ p(x|z), with the same noise, on a straight line: above in z, below (flow
-prior) in ε, the flow's noise.
+True test images at both ends; between them x ~ p(x|z), with the same noise (marks at one place in all), on a straight
+line: above in z, below (flow prior) in ε, the flow's noise. Shapes fade into each other.
 
 ## Reconstructions: what z keeps, and what the PixelCNN redraws
 
 ![lossy](lossy.png)
 
 From above: test images; three draws x ~ p(x|z) from each one's code; the second and third minus the first, around grey.
-What the draws share is in z; what differs (noise, often the whole image's tint) is lost.
+What the draws share is in z; what differs (noise; of a small code, also the tint) is lost.
 
 ## What goes into z, and what the receptive field leaves to it
 
