@@ -272,8 +272,8 @@ up to 4,000 test images).
 {pays}
 
 The code of a test image holds at most {code:,.0f} of the {3072 * bound:,.0f} bits that the image costs. To prevent a
-collapse to 0, training added a loss that sees no neighbours (`--blind {metrics["args"]["blind"]:g}`). It asks
-for more in z than the bound does: late in training, as it fades, the KL falls."""
+collapse to 0, training added a loss that sees no neighbours (`--blind {metrics["args"]["blind"]:g}`). It pulls
+more into z than the bound does; as it fades, the KL falls."""
 
 
 def report(metrics: dict) -> str:
@@ -295,7 +295,7 @@ x ~ p(x|z), z ~ p(z). Texture and edges are the PixelCNN's, which sees near pixe
 ![interpolations](interpolations.png)
 
 True test images at both ends; between them x ~ p(x|z), with the same noise (marks at one place in all), on a straight
-line: above in z, below (flow prior) in ε, the flow's noise. Shapes fade into each other.
+line: above in z, below (flow prior) in ε, the flow's noise. In z shapes cross-fade, in ε they vanish.
 
 ## Reconstructions: what z keeps, and what the PixelCNN redraws
 

@@ -207,7 +207,7 @@ where a decoder has less noise, z makes the rest of their spread.
 ![latents](latents.png)
 
 Dots: z ~ q(z|x) of training points, coloured by their labels; circles: 1, 2 and 3 prior stds. The panels look alike,
-as all codes together follow the prior, whether z₂ tells something (its KL) or not. The prior's mass between
+as all codes together follow the prior, whether z₂ is used (its KL) or not. The prior's mass between
 the strips is no point's code: it decodes to the gaps between the clusters, which a continuous decoder has to cross.
 
 ## 4. The first 100 test points: IWAE with 100 samples against the ELBO
@@ -215,7 +215,7 @@ the strips is no point's code: it decodes to the gaps between the clusters, whic
 **IWAE-100 is the tighter bound, by {diagonal["elbo_gap_bpd"]:.4f} (diagonal) and {isotropic["elbo_gap_bpd"]:.4f}
 (isotropic) bits/dim.** Isotropic minus diagonal, paired by point, is
 {core.with_error(isotropic, "neg_elbo_minus_diagonal")} by −ELBO and
-{core.with_error(isotropic, "neg_iwae100_minus_diagonal")} by −IWAE-100: they differ by how loose each ELBO is.
+{core.with_error(isotropic, "neg_iwae100_minus_diagonal")} by −IWAE-100; the rest is the ELBO's looseness.
 
 | model | −ELBO (IWAE-1) | −IWAE-100 | their difference | floor: true density | −IWAE-100 − floor |
 |---|---|---|---|---|---|

@@ -134,7 +134,7 @@ def comparison_text(found: dict) -> str:
 {change_of("the KL term", found["kl"])} and {change_of("the decoder term", found["recon"])}.
 
 **Why?** Patches of an image depend on each other, and so do their codes (iii). N(0, I) charges each as if it stood
-alone (ii); the flow charges what those before it do not tell, even for a finished 2a: (i) says what that brings.
+alone (ii); the flow charges what those before it do not tell. (i) measures this on a finished 2a.
 
 | test, paired by image | change from 2a, bits/dim |
 |---|---|
@@ -152,8 +152,8 @@ this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from jo
 **(ii) What does the KL pay for?** For any density r, the mean over images of KL(q(z|x) || r) is I(x; z), what z tells
 about its image, plus how far all codes together lie from r. 2a's KL to N(0, I) is {kl["2a"]:,.0f} bits per image, to
 the flow fitted to the same codes {kl["2a_fitted_flow"]:,.0f}. So at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits
-of 2a's KL say nothing about the image; they pay for codes that do not follow N(0, I). 2a's z tells at most
-{kl["2a_fitted_flow"]:,.0f} bits, 2b's at most {kl["2b"]:,.0f}: whose tells more is not known.
+of 2a's KL say nothing about the image; they pay for codes that do not follow N(0, I). I(x; z) is at most
+{kl["2a_fitted_flow"]:,.0f} bits in 2a, {kl["2b"]:,.0f} in 2b; which is larger is unknown.
 
 **(iii) What does the flow remove?** Neighbouring positions of 2b's z correlate by {before:.3f} (2a's: {of_2a:.3f};
 mean over both sides and channels of absolute values), those of its ε by {after:.3f} (by chance: about
@@ -177,8 +177,8 @@ def report(metrics: dict) -> str:
 ![samples](samples.png)
 
 z ~ p(z). Left: µ(z), the decoder's mean; right: x ~ p(x|z) of the same z. The flow draws each position of z to fit
-those before it, z_i = t_i(z_<i) + exp(s_i(z_<i)) ε_i, so that neighbouring patches can belong together. One beyond the
-codes of images can drive the next ones further off: a sample that breaks into loud noise.
+those before it, z_i = t_i(z_<i) + exp(s_i(z_<i)) ε_i, so that neighbouring patches can belong together. One unlike
+any image's can drive the next further off, until the sample breaks into noise.
 
 ## 3. Interpolations
 

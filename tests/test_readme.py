@@ -100,7 +100,7 @@ PROSE = {  # words of README and of results/README, and the numbers in them
     "{} of 20 (median lead .0005)": (lead("neg_iwae100") > 0).sum(),
     "z₂ ({:.2f} bits per point, the": np.median(of("q1b*", "final/isotropic/kl_per_latent_bits/1")),
     "lowers −ELBO by {:.3f} bits/dim on 65,931": of(FULL, GAIN), "by {:.3f} to {:.3f} on 4,000": of(SHORT, GAIN, ends),
-    "2a brings {:.3f} of the first": of(FULL, PRIOR), "and {:.3f} to {:.3f} of the second": of(SHORT, PRIOR, ends),
+    "2a brings {:.3f} of the .365": of(FULL, PRIOR), "4,000 images {:.3f} to {:.3f}. That": of(SHORT, PRIOR, ends),
     "it is {:.3f} of .353": of(FOUR, PRIOR), ".244 of {:.3f}, but": of(FOUR, GAIN),
     "but {:.3f} of .246": of(EARLIER, PRIOR), ".099 of {:.3f} without": of(EARLIER, GAIN),
     "image costs {:.2f} to {:.2f} bits/dim more": of("bonus*", COST, ends),
