@@ -240,7 +240,7 @@ def table_text(rows: list[dict]) -> str:
         for r in rows
     )
     kl, error = [r["kl_bpd"] for r in rows], math.hypot(rows[0]["kl_se_bpd"], rows[-1]["kl_se_bpd"])
-    verdict = "These rows do not show that a smaller field puts more into z."
+    verdict = "No sign that a smaller field puts more into z."
     if kl == sorted(kl, reverse=True) and kl[0] - kl[-1] > 2 * error:
         verdict = "The more of its neighbours a pixel sees, the less goes into z."
     return f"""**{verdict}** Epochs of each row: {rows[0]["epochs"]}; one seed, on test.
@@ -294,8 +294,8 @@ x ~ p(x|z), z ~ p(z). Texture and edges are the PixelCNN's, which sees near pixe
 
 ![interpolations](interpolations.png)
 
-True test images at both ends; between them x ~ p(x|z), with the same noise (marks at one place in all), on a straight
-line: above in z, below (flow prior) in ε, the flow's noise. In z shapes cross-fade, in ε they vanish.
+Test images at both ends; between them x ~ p(x|z), with one noise (its marks stay in place), on a straight line: above
+in z, below (flow prior) in ε, the flow's noise. In z shapes cross-fade, in ε they often vanish.
 
 ## Reconstructions: what z keeps, and what the PixelCNN redraws
 

@@ -144,7 +144,7 @@ each of the first points of a split. Weights: the best on validation, of epochs
 
 **A code is used where the decoder's noise cannot have the data's shape.** data1 has stds {STD[0]:g} and {STD[1]:g}
 along the axes, data2 is data1 turned by 45 degrees. Diagonal noise can have data1's shape; the other
-three models need z for the long axis: log₂ {STD[0] / STD[1]:g} bits, {math.log2(STD[0] / STD[1]) / 2:.3f} bits/dim.
+three models need z for the long axis: log₂ {STD[0] / STD[1]:g} bits per point.
 
 {chr(10).join(answer(name, f) for name, f in final.items())}
 
@@ -239,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     plot_samples(samples, tests, final, out / "samples.png")
     plot_evidence(models, tests, final, out / "evidence.png")
     core.write_results(out, metrics, report(metrics))
+    if any(f["excess_bpd"] < -4 * f["excess_se_bpd"] for f in final.values()):
+        raise ValueError("a bound is 4 standard errors below its floor")
     lock.release(force=True)
 
 

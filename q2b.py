@@ -6,9 +6,9 @@
 
     -log P(image) <= E_u E_q[log q(z|x) - log p(z) - log p(x|z)] + 3072 ln 128,   x = (levels + u) / 128 - 1
 
-(arXiv:1611.02731, equations 12 to 14). The flow starts as the identity. Does the prior make a difference,
-and why? --compare answers by three experiments: (i) a flow fitted to a frozen 2a; (ii) what is in the KL; (iii) what
-the flow removes from z.
+(arXiv:1611.02731, equations 12 to 14). The flow starts as the identity. Does the prior make a difference, and why?
+--compare answers by three experiments: (i) a flow fitted to a frozen 2a; (ii) what is in the KL; (iii) what the flow
+removes from z.
 
     python q2b.py --epochs 20 --compare        ->  results/q2b/report.md, on SVHN (downloaded); 2a is trained too
     python q2b.py --epochs 1 --data synthetic  ->  the same on synthetic images, offline
@@ -133,15 +133,15 @@ def comparison_text(found: dict) -> str:
     return f"""**The flow prior {change_of("−ELBO", found["neg_elbo"])} bits/dim.** It
 {change_of("the KL term", found["kl"])} and {change_of("the decoder term", found["recon"])}.
 
-**Why?** Patches of an image depend on each other, and so do their codes (iii). N(0, I) charges each as if it stood
-alone (ii); the flow charges what those before it do not tell. (i) measures this on a finished 2a.
+**Why it can:** patches of an image depend on each other, and so do their codes (iii). N(0, I) charges each as if it
+stood alone (ii); the flow charges what those before it do not tell. (i) measures this on a finished 2a.
 
 | test, paired by image | change from 2a, bits/dim |
 |---|---|
 {rows}
 
 Same data, arguments, batches and noise; one seed. ± is one standard error over images, "lowers" and "raises"
-mean more than two. Other seeds, lengths and recipes differ by more, above all in how the terms share the gain.
+mean more than two. Other seeds, lengths and recipes differ by more, above all in the two terms.
 
 ![comparison](experiments.png)
 
@@ -153,12 +153,12 @@ this model, 2b {change_of("−ELBO", found["rest"])}: at most this comes from jo
 about its image, plus how far all codes together lie from r. 2a's KL to N(0, I) is {kl["2a"]:,.0f} bits per image, to
 the flow fitted to the same codes {kl["2a_fitted_flow"]:,.0f}. So at least {kl["2a"] - kl["2a_fitted_flow"]:,.0f} bits
 of 2a's KL say nothing about the image; they pay for codes that do not follow N(0, I). I(x; z) is at most
-{kl["2a_fitted_flow"]:,.0f} bits in 2a, {kl["2b"]:,.0f} in 2b; which is larger is unknown.
+{kl["2a_fitted_flow"]:,.0f} bits in 2a, {kl["2b"]:,.0f} in 2b.
 
 **(iii) What does the flow remove?** Neighbouring positions of 2b's z correlate by {before:.3f} (2a's: {of_2a:.3f};
 mean over both sides and channels of absolute values), those of its ε by {after:.3f} (by chance: about
-{found["correlation_by_chance"]:.3f}). Below: samples of 2a (left), which decodes ε itself, and of 2b, from the same
-ε through the flow.
+{found["correlation_by_chance"]:.3f}). Below: samples of 2a (left), from ε itself, and of 2b, from the same ε through
+the flow.
 
 ![samples of both priors, the same noise](samples_2a_2b.png)"""
 
